@@ -1,0 +1,385 @@
+// Argument checks and dispatch of attention: the only code that knows every engine.
+
+#include "flash_entmax/attention.h"
+
+#include <cmath>
+#include <limits>
+#include <new>
+#include <string>
+
+#include "attention_resolved.h"
+#include "math/element.h"
+#include "views.h"
+
+namespace flash_entmax {
+namespace {
+
+// Positions are kept in 32 bits in lists of keys.
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 4096;
+
+Status CheckFourDimensions(const std::string& name, const TensorView& tensor,
+                           const std::string& shape) {
+  if (!tensor && tensor.rank == 0) return BadArgument(name, "nothing", shape);
+  if (tensor.rank != 4) return BadArgument(name, "shape " + ShapeToString(tensor), shape);
+  if (!IsFloating(tensor.dtype)) {
+    return BadArgument(name, NameOf(tensor.dtype), "float64, float32, bfloat16 or float16");
+  }
+  return CheckView(name, tensor);
+}
+
+std::string Number(int64_t value) { return std::to_string(value); }
+
+Status CheckShapes(const AttentionProblem& problem) {
+  const TensorView& query = problem.query;
+  const TensorView& key = problem.key;
+  const TensorView& value = problem.value;
+  for (const Status& status :
+       {CheckFourDimensions("query", query, "[batch, heads, query_length, head_size]"),
+        CheckFourDimensions("key", key, "[batch, kv_heads, key_length, head_size]"),
+        CheckFourDimensions("value", value, "[batch, kv_heads, key_length, value_size]")}) {
+    if (!status.ok()) return status;
+  }
+  for (const TensorView* tensor : {&key, &value}) {
+    const char* name = tensor == &key ? "key" : "value";
+    if (tensor->dtype != query.dtype) {
+      return BadArgument(name, NameOf(tensor->dtype),
+                         std::string("of the type of query, ") + NameOf(query.dtype));
+    }
+    if (tensor->shape[0] != query.shape[0]) {
+      return BadArgument(name, "batch " + Number(tensor->shape[0]),
+                         "of the batch of query, " + Number(query.shape[0]));
+    }
+  }
+  if (query.shape[3] < 1) return BadArgument("query", "head_size 0", "of head_size ≥ 1");
+  if (value.shape[3] < 1) return BadArgument("value", "value_size 0", "of value_size ≥ 1");
+  if (key.shape[3] != query.shape[3]) {
+    return BadArgument("key", "head_size " + Number(key.shape[3]),
+                       "of the head_size of query, " + Number(query.shape[3]));
+  }
+  if (value.shape[1] != key.shape[1] || value.shape[2] != key.shape[2]) {
+    return BadArgument("value", "shape " + ShapeToString(value),
+                       "of the kv_heads and key_length of key, " + ShapeToString(key));
+  }
+  const int64_t heads = query.shape[1];
+  const int64_t kv_heads = key.shape[1];
+  if (heads > 0 && (kv_heads == 0 || heads % kv_heads != 0)) {
+    return BadArgument("key", Number(kv_heads) + " heads",
+                       "a divisor of the " + Number(heads) + " heads of query");
+  }
+  if (query.shape[2] > kMaxLength) {
+    return BadArgument("query", "length " + Number(query.shape[2]),
+                       "at most " + Number(kMaxLength));
+  }
+  if (key.shape[2] > kMaxLength) {
+    return BadArgument("key", "length " + Number(key.shape[2]), "at most " + Number(kMaxLength));
+  }
+  return Status::Ok();
+}
+
+Status CheckNumbers(const AttentionProblem& problem) {
+  if (!problem.alpha_per_head && !(std::isfinite(problem.alpha) && problem.alpha >= 1.0)) {
+    return BadArgument("alpha", std::to_string(problem.alpha), "finite and ≥ 1");
+  }
+  if (problem.scale && !std::isfinite(*problem.scale)) {
+    return BadArgument("scale", std::to_string(*problem.scale), "finite");
+  }
+  if (!(std::isfinite(problem.softcap) && problem.softcap >= 0.0)) {
+    return BadArgument("softcap", std::to_string(problem.softcap), "finite and ≥ 0");
+  }
+  if (problem.window_left && *problem.window_left < 0) {
+    return BadArgument("window_left", Number(*problem.window_left), "≥ 0");
+  }
+  if (problem.window_right && *problem.window_right < 0) {
+    return BadArgument("window_right", Number(*problem.window_right), "≥ 0");
+  }
+  return Status::Ok();
+}
+
+bool IsInteger(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
+
+int64_t ReadInteger(const TensorView& tensor, int64_t index) {
+  const int64_t offset = index * tensor.strides[0];
+  return tensor.dtype == DType::kInt32 ? static_cast<const int32_t*>(tensor.data)[offset]
+                                       : static_cast<const int64_t*>(tensor.data)[offset];
+}
+
+// One number a head.
+Status ReadPerHead(const std::string& name, const TensorView& tensor, int64_t heads, double lowest,
+                   std::vector<double>* values) {
+  if (tensor.dtype != DType::kFloat32 && tensor.dtype != DType::kFloat64) {
+    return BadArgument(name, NameOf(tensor.dtype), "float32 or float64");
+  }
+  if (tensor.rank != 1 || tensor.shape[0] != heads) {
+    return BadArgument(name, "shape " + ShapeToString(tensor), "[" + Number(heads) + "]");
+  }
+  if (Status status = CheckView(name, tensor); !status.ok()) return status;
+  for (int64_t head = 0; head < heads; ++head) {
+    const double value = ReadElement(tensor, head * tensor.strides[0]);
+    if (!(std::isfinite(value) && value >= lowest)) {
+      return BadArgument(name, std::to_string(value) + " for head " + Number(head),
+                         "finite and ≥ " + Number(static_cast<int64_t>(lowest)));
+    }
+    (*values)[static_cast<size_t>(head)] = value;
+  }
+  return Status::Ok();
+}
+
+Status ReadOptionalViews(const AttentionProblem& problem, ResolvedAttention* resolved) {
+  if (problem.query_scale) {
+    if (!IsFloating(problem.query_scale.dtype)) {
+      return BadArgument("query_scale", NameOf(problem.query_scale.dtype), "floating point");
+    }
+    if (Status status = CheckView("query_scale", problem.query_scale); !status.ok()) return status;
+    const Shape shape{3, {resolved->batch, resolved->heads, resolved->query_length}};
+    Expected<TensorView> view = BroadcastTo("query_scale", problem.query_scale, shape);
+    if (!view.ok()) return view.status();
+    resolved->query_scale = *view;
+  }
+  if (problem.key_mask) {
+    if (problem.key_mask.dtype != DType::kUInt8) {
+      return BadArgument("key_mask", NameOf(problem.key_mask.dtype), "uint8");
+    }
+    if (Status status = CheckView("key_mask", problem.key_mask); !status.ok()) return status;
+    const Shape shape{2, {resolved->batch, resolved->key_length}};
+    Expected<TensorView> view = BroadcastTo("key_mask", problem.key_mask, shape);
+    if (!view.ok()) return view.status();
+    resolved->key_mask = *view;
+  }
+  if (problem.bias) {
+    if (!IsFloating(problem.bias.dtype)) {
+      return BadArgument("bias", NameOf(problem.bias.dtype), "floating point");
+    }
+    if (Status status = CheckView("bias", problem.bias); !status.ok()) return status;
+    const Shape shape{
+        4, {resolved->batch, resolved->heads, resolved->query_length, resolved->key_length}};
+    Expected<TensorView> view = BroadcastTo("bias", problem.bias, shape);
+    if (!view.ok()) return view.status();
+    resolved->bias = *view;
+  }
+  return Status::Ok();
+}
+
+PositionMask MaskOf(const AttentionProblem& problem, int64_t query_length, int64_t key_length) {
+  PositionMask mask;
+  mask.query_length = query_length;
+  mask.key_length = key_length;
+  mask.causal = problem.causal;
+  if (problem.window_left) {
+    mask.window_left = std::min(*problem.window_left, PositionMask::kNoWindow);
+  }
+  if (problem.window_right) {
+    mask.window_right = std::min(*problem.window_right, PositionMask::kNoWindow);
+  }
+  return mask;
+}
+
+Status CheckOffsets(const std::string& name, const TensorView& offsets, int64_t length) {
+  if (!IsInteger(offsets.dtype)) return BadArgument(name, NameOf(offsets.dtype), "int32 or int64");
+  if (offsets.rank != 1 || offsets.shape[0] < 1) {
+    return BadArgument(name, "shape " + ShapeToString(offsets), "[sequences + 1]");
+  }
+  if (Status status = CheckView(name, offsets); !status.ok()) return status;
+  int64_t previous = 0;
+  for (int64_t i = 0; i < offsets.shape[0]; ++i) {
+    const int64_t value = ReadInteger(offsets, i);
+    if (value < previous || value > length || (i == 0 && value != 0)) {
+      return BadArgument(name, Number(value) + " at " + Number(i),
+                         "ascending from 0 to at most the length, " + Number(length));
+    }
+    previous = value;
+  }
+  if (previous != length) {
+    return BadArgument(name, "last offset " + Number(previous), "the length, " + Number(length));
+  }
+  return Status::Ok();
+}
+
+Status ListSequences(const AttentionProblem& problem, ResolvedAttention* resolved) {
+  const bool packed = problem.cu_query || problem.cu_key;
+  if (packed) {
+    if (!problem.cu_query || !problem.cu_key) {
+      return BadArgument(problem.cu_query ? "cu_key" : "cu_query", "nothing",
+                         "given together with the other");
+    }
+    if (resolved->batch != 1) {
+      return BadArgument("query", "batch " + Number(resolved->batch), "1 with cu_query");
+    }
+    if (problem.key_lengths || problem.key_mask || problem.bias) {
+      return BadArgument(problem.key_lengths ? "key_lengths"
+                         : problem.key_mask  ? "key_mask"
+                                             : "bias",
+                         "a tensor", "left out with cu_query");
+    }
+    for (const Status& status : {CheckOffsets("cu_query", problem.cu_query, resolved->query_length),
+                                 CheckOffsets("cu_key", problem.cu_key, resolved->key_length)}) {
+      if (!status.ok()) return status;
+    }
+    if (problem.cu_query.shape[0] != problem.cu_key.shape[0]) {
+      return BadArgument("cu_key", "shape " + ShapeToString(problem.cu_key),
+                         "that of cu_query, " + ShapeToString(problem.cu_query));
+    }
+    for (int64_t i = 0; i + 1 < problem.cu_query.shape[0]; ++i) {
+      const int64_t query = ReadInteger(problem.cu_query, i);
+      const int64_t key = ReadInteger(problem.cu_key, i);
+      resolved->sequences.push_back({0, query, key,
+                                     MaskOf(problem, ReadInteger(problem.cu_query, i + 1) - query,
+                                            ReadInteger(problem.cu_key, i + 1) - key)});
+    }
+    return Status::Ok();
+  }
+  if (problem.key_lengths) {
+    const TensorView& lengths = problem.key_lengths;
+    if (!IsInteger(lengths.dtype)) {
+      return BadArgument("key_lengths", NameOf(lengths.dtype), "int32 or int64");
+    }
+    if (lengths.rank != 1 || lengths.shape[0] != resolved->batch) {
+      return BadArgument("key_lengths", "shape " + ShapeToString(lengths),
+                         "[" + Number(resolved->batch) + "]");
+    }
+    if (Status status = CheckView("key_lengths", lengths); !status.ok()) return status;
+  }
+  for (int64_t b = 0; b < resolved->batch; ++b) {
+    int64_t keys = resolved->key_length;
+    if (problem.key_lengths) {
+      keys = ReadInteger(problem.key_lengths, b);
+      if (keys < 0 || keys > resolved->key_length) {
+        return BadArgument("key_lengths", Number(keys) + " at " + Number(b),
+                           "in [0, " + Number(resolved->key_length) + "]");
+      }
+    }
+    resolved->sequences.push_back({b, 0, 0, MaskOf(problem, resolved->query_length, keys)});
+  }
+  return Status::Ok();
+}
+
+Status CheckOutputShape(const std::string& name, const MutableTensorView& tensor,
+                        const Shape& shape) {
+  bool same = tensor.rank == shape.rank;
+  for (int i = 0; same && i < shape.rank; ++i) same = tensor.shape[i] == shape.size[i];
+  if (!same) {
+    TensorView wanted;
+    wanted.rank = shape.rank;
+    wanted.shape = shape.size;
+    return BadArgument(name, "shape " + ShapeToString(tensor.view()), ShapeToString(wanted));
+  }
+  return CheckWritable(name, tensor);
+}
+
+}  // namespace
+
+Expected<ResolvedAttention> ResolveAttention(const AttentionProblem& problem) {
+  if (Status status = CheckShapes(problem); !status.ok()) return status;
+  if (Status status = CheckNumbers(problem); !status.ok()) return status;
+  ResolvedAttention resolved;
+  resolved.batch = problem.query.shape[0];
+  resolved.heads = problem.query.shape[1];
+  resolved.kv_heads = problem.key.shape[1];
+  resolved.query_length = problem.query.shape[2];
+  resolved.key_length = problem.key.shape[2];
+  resolved.head_size = problem.query.shape[3];
+  resolved.value_size = problem.value.shape[3];
+  resolved.scale =
+      problem.scale ? *problem.scale : 1.0 / std::sqrt(static_cast<double>(resolved.head_size));
+  const auto heads = static_cast<size_t>(resolved.heads);
+  resolved.alpha.assign(heads, problem.alpha);
+  resolved.slope.assign(heads, 0.0);
+  if (problem.alpha_per_head) {
+    if (Status status = ReadPerHead("alpha_per_head", problem.alpha_per_head, resolved.heads, 1.0,
+                                    &resolved.alpha);
+        !status.ok()) {
+      return status;
+    }
+  }
+  if (problem.alibi_slopes) {
+    if (Status status =
+            ReadPerHead("alibi_slopes", problem.alibi_slopes, resolved.heads, 0.0, &resolved.slope);
+        !status.ok()) {
+      return status;
+    }
+  }
+  if (Status status = ReadOptionalViews(problem, &resolved); !status.ok()) return status;
+  if (Status status = ListSequences(problem, &resolved); !status.ok()) return status;
+  return resolved;
+}
+
+Status CheckAttention(const AttentionProblem& problem) {
+  try {
+    return ResolveAttention(problem).status();
+  } catch (const std::bad_alloc&) {
+    return Status::OutOfMemory("query: no memory for the list of sequences");
+  }
+}
+
+Status CheckAttentionOutputs(const AttentionProblem& problem, const AttentionOutputs& outputs) {
+  if (Status status = CheckAttention(problem); !status.ok()) return status;
+  const TensorView& query = problem.query;
+  const MutableTensorView& output = outputs.output;
+  if (output.dtype != query.dtype) {
+    return BadArgument("output", NameOf(output.dtype),
+                       std::string("of the type of query, ") + NameOf(query.dtype));
+  }
+  const Shape rows{3, {query.shape[0], query.shape[1], query.shape[2]}};
+  Shape output_shape{4, rows.size};
+  output_shape.size[3] = problem.value.shape[3];
+  if (Status status = CheckOutputShape("output", output, output_shape); !status.ok()) return status;
+  if (outputs.threshold) {
+    const MutableTensorView& threshold = outputs.threshold;
+    if (threshold.dtype != DType::kFloat32 && threshold.dtype != DType::kFloat64) {
+      return BadArgument("threshold", NameOf(threshold.dtype), "float32 or float64");
+    }
+    if (Status status = CheckOutputShape("threshold", threshold, rows); !status.ok()) {
+      return status;
+    }
+  }
+  const std::pair<const char*, const TensorView*> inputs[] = {
+      {"query", &problem.query},
+      {"key", &problem.key},
+      {"value", &problem.value},
+      {"alpha_per_head", &problem.alpha_per_head},
+      {"query_scale", &problem.query_scale},
+      {"key_lengths", &problem.key_lengths},
+      {"key_mask", &problem.key_mask},
+      {"bias", &problem.bias},
+      {"alibi_slopes", &problem.alibi_slopes},
+      {"cu_query", &problem.cu_query},
+      {"cu_key", &problem.cu_key}};
+  for (const auto& [name, input] : inputs) {
+    for (const Status& status :
+         {CheckDisjoint("output", output.view(), name, *input),
+          CheckDisjoint("threshold", outputs.threshold.view(), name, *input)}) {
+      if (!status.ok()) return status;
+    }
+  }
+  return CheckDisjoint("threshold", outputs.threshold.view(), "output", output.view());
+}
+
+Expected<AttentionPlan> PlanAttention(const AttentionProblem& problem,
+                                      const AttentionOptions& options) {
+  if (options.num_threads < 0) {
+    return BadArgument("num_threads", Number(options.num_threads), "≥ 0");
+  }
+  try {
+    Expected<ResolvedAttention> resolved = ResolveAttention(problem);
+    if (!resolved.ok()) return resolved.status();
+    return cpu::PlanForward(problem, *resolved, options);
+  } catch (const std::bad_alloc&) {
+    return Status::OutOfMemory("query: no memory for the list of sequences");
+  }
+}
+
+Status AttentionForward(const AttentionProblem& problem, const AttentionOutputs& outputs,
+                        const AttentionOptions& options) {
+  if (Status status = CheckAttentionOutputs(problem, outputs); !status.ok()) return status;
+  if (options.num_threads < 0) {
+    return BadArgument("num_threads", Number(options.num_threads), "≥ 0");
+  }
+  try {
+    Expected<ResolvedAttention> resolved = ResolveAttention(problem);
+    if (!resolved.ok()) return resolved.status();
+    return cpu::RunForward(problem, *resolved, outputs, options);
+  } catch (const std::bad_alloc&) {
+    return Status::OutOfMemory("query: no memory for the workspace; see PlanAttention");
+  }
+}
+
+}  // namespace flash_entmax

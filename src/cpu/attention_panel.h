@@ -1,0 +1,108 @@
+// One panel of query rows of CPU attention, compiled for every instruction set.
+
+#ifndef FLASH_ENTMAX_SRC_CPU_ATTENTION_PANEL_H_
+#define FLASH_ENTMAX_SRC_CPU_ATTENTION_PANEL_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/curve.h"
+#include "flash_entmax/tensor.h"
+#include "math/visible_keys.h"
+
+namespace flash_entmax::cpu {
+
+// Sizes that depend on the instruction set: keys come in blocks of `keys_per_block`, query rows in
+// groups of `rows_per_group`, and values in rows of a multiple of `value_multiple`.
+struct PanelShape {
+  int rows_per_group = 0;
+  int keys_per_block = 0;
+  int value_multiple = 0;
+};
+
+template <typename T>
+PanelShape GetPanelShape();
+
+// Groups of rows in a panel: as many as share a key block while it is in the first-level cache.
+inline constexpr int kGroupsPerPanel = 4;
+// Key blocks whose scores the softmax path makes before it exponentiates them.
+inline constexpr int kBlocksPerSoftmaxStep = 4;
+
+// Keys and values of one KV head of one sequence, in the engine's layout.
+template <typename T>
+struct PackedHead {
+  // Blocks of keys_per_block keys, each as [head_size][keys_per_block]; zeros behind the last key.
+  const T* keys = nullptr;
+  // Rows of value_width elements, value_stride apart: zeros behind value_size, and for softmax rows
+  // of zeros up to a whole step.
+  const T* values = nullptr;
+  int64_t value_stride = 0;
+  int64_t value_width = 0;  // value_size rounded up to PanelShape::value_multiple.
+  // False if any value is infinite or NaN: then 0·value must not be computed.
+  bool values_finite = true;
+  // 0 for keys that may be seen, −∞ for hidden ones, up to a whole block; null if there is no key
+  // mask.
+  const T* key_bias = nullptr;
+};
+
+// What turns products into scores besides the mask.
+template <typename T>
+struct ScoreModifiers {
+  T softcap = T{0};
+  T slope = T{0};
+  // Additive bias of this head: element (query, key) of the sequence; empty if there is none.
+  TensorView bias;
+  int64_t bias_query_stride = 0;
+  int64_t bias_key_stride = 0;
+
+  bool any() const { return softcap != T{0} || slope != T{0} || static_cast<bool>(bias); }
+};
+
+template <typename T>
+struct PanelInput {
+  PackedHead<T> head;
+  int64_t head_size = 0;
+  PositionMask mask;
+  ScoreModifiers<T> modifiers;
+  Curve curve;
+  int64_t first_query = 0;  // Of the panel, within its sequence.
+  int64_t queries = 0;
+  // Query rows times scale, [rows up to a whole group][head_size]; zeros behind the last.
+  const T* query = nullptr;
+};
+
+// The candidates of one row: keys that no bound has excluded yet.
+template <typename T>
+struct CandidateList {
+  std::vector<T> score;
+  std::vector<int32_t> key;
+  size_t count = 0;
+  size_t refine_at = 0;  // Number of candidates at which the bound is raised next.
+  T bound = T{0};        // Scores at or below it are exact zeros.
+  T max = T{0};
+  double offset = 0.0;  // c of curve.h, relative to `max`; a lower bound until the end.
+  bool not_a_number = false;
+};
+
+// Buffers of one thread.
+template <typename T>
+struct PanelMemory {
+  std::vector<T> query;
+  std::vector<T> scores;
+  std::vector<CandidateList<T>> lists;
+  std::vector<T> output;  // [rows][value_width]
+  std::vector<double> threshold;
+  // Support of the last panel, row after row; filled if wanted.
+  std::vector<int64_t> support_size;
+  std::vector<int32_t> support_key;
+  std::vector<float> support_probability;
+};
+
+// Runs a panel; leaves output, threshold and, if `want_support`, the support in `memory`.
+// May throw std::bad_alloc when a list has to grow.
+template <typename T>
+void RunPanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* memory);
+
+}  // namespace flash_entmax::cpu
+
+#endif  // FLASH_ENTMAX_SRC_CPU_ATTENTION_PANEL_H_

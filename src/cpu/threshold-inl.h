@@ -1,0 +1,260 @@
+// The threshold of a set of scores, vectorised: the heart of the mapping and of attention.
+//
+// Scores enter as distances δ_i = max − s_i ≥ 0 and the unknown is the offset c = λ − max ≥ 0, so
+// that p_i = [1 − (m·c + slope·δ_i)]₊^(1/m) with m = α − 1 (slope = m for entmax), or
+// exp(−(c + δ_i)) at m = 0. In these units nothing overflows, c = 0 is the left end (the largest
+// score alone already sums to 1 there), and α = 1 is an ordinary point.
+//
+// Newton's method runs on the α-norm of the row, (Σ p)^m = 1, instead of on Σ p = 1. With S = Σ p
+// and U = Σ p^(2−α) the step is
+//     Δc = (S/U)·(1 − S^(−m))/m        (ln S at m = 0).
+// For m in (0, 1] the norm is convex in c and falls, for m < 0 it is concave and rises, so from the
+// left every iterate stays on the left (fact F2: each is a valid lower bound), and for tied scores,
+// a single score, or α = 1 the first step is the answer. For m > 1 neither holds, and the unknown
+// is another: SolveForPeak().
+//
+// Sums are in double whatever the type of the scores, so the threshold of float scores is exact to
+// double precision.
+
+#if defined(FLASH_ENTMAX_SRC_CPU_THRESHOLD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASH_ENTMAX_SRC_CPU_THRESHOLD_INL_H_
+#undef FLASH_ENTMAX_SRC_CPU_THRESHOLD_INL_H_
+#else
+#define FLASH_ENTMAX_SRC_CPU_THRESHOLD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/curve.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flash_entmax::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DoubleTag = hn::ScalableTag<double>;
+using FloatTag = hn::ScalableTag<float>;
+
+// A vector of scores in the type that is computed in, from scores of that type or a narrower one.
+HWY_INLINE hn::Vec<DoubleTag> LoadScores(DoubleTag d, const double* p) { return hn::LoadU(d, p); }
+HWY_INLINE hn::Vec<DoubleTag> LoadScores(DoubleTag d, const float* p) {
+  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, DoubleTag>(), p));
+}
+HWY_INLINE hn::Vec<FloatTag> LoadScores(FloatTag d, const float* p) { return hn::LoadU(d, p); }
+
+// p and u = p^(2−α) of one curve, as functions of y = m·c + slope·δ (of x = c + δ at m = 0). Lanes
+// outside the support, and δ = ∞, give 0. V is a vector of float or double.
+template <CurveKind kKind, class D, class V = hn::Vec<D>>
+HWY_INLINE void EvaluateCurve(D d, V y, double exponent, V* p, V* u) {
+  using T = hn::TFromD<D>;
+  const V zero = hn::Zero(d);
+  const V one = hn::Set(d, T{1});
+  if constexpr (kKind == CurveKind::kSoftmax) {
+    *p = hn::Exp(d, hn::Neg(y));
+    *u = *p;
+  } else if constexpr (kKind == CurveKind::kSparsemax) {
+    *p = hn::Max(hn::Sub(one, y), zero);
+    *u = hn::IfThenElseZero(hn::Gt(*p, zero), one);
+  } else if constexpr (kKind == CurveKind::kSquare) {
+    *u = hn::Max(hn::Sub(one, y), zero);
+    *p = hn::Mul(*u, *u);
+  } else {
+    const V t = hn::Sub(one, y);
+    const auto inside =
+        hn::And(hn::Gt(t, zero), hn::Lt(hn::Abs(y), hn::Set(d, hwy::HighestValue<T>())));
+    // Lanes outside are moved to y = 0, where the logarithm is harmless.
+    const V log_t = hn::Log1p(d, hn::IfThenElseZero(inside, hn::Neg(y)));
+    const V power = hn::Exp(d, hn::Mul(log_t, hn::Set(d, static_cast<T>(exponent))));
+    *p = hn::IfThenElseZero(inside, power);
+    *u = hn::IfThenElseZero(inside, hn::Div(power, t));
+  }
+}
+
+// What one pass over the scores sums, at one level (without its factor).
+struct CurveSums {
+  double p = 0.0;
+  double u = 0.0;
+  double count = 0.0;     // Entries with p > 0.
+  double distance = 0.0;  // Σ δ over them; for the closed form of kSquare only.
+  double distance_square = 0.0;
+  double farthest = 0.0;  // Largest δ among them.
+};
+
+// Sums over scores[0, n), computed in Compute. Scores may be read up to the next multiple of two
+// vectors of T; what lies behind n must be −∞. max is finite, and no score is above it.
+template <CurveKind kKind, typename Compute, typename T>
+CurveSums SumCurve(const T* HWY_RESTRICT scores, size_t n, const Level& level, double max) {
+  const hn::ScalableTag<Compute> d;
+  const auto set = [d](double x) HWY_ATTR { return hn::Set(d, static_cast<Compute>(x)); };
+  const auto total = [d](auto v) HWY_ATTR {
+    return static_cast<double>(hn::GetLane(hn::SumOfLanes(d, v)));
+  };
+  const auto vmax = set(max);
+  const auto slope = set(level.slope);
+  const auto shift = set(level.shift);
+  const auto zero = hn::Zero(d);
+  const auto one = set(1.0);
+  auto sum_p = zero;
+  auto sum_u = zero;
+  auto count = zero;
+  auto sum_distance = zero;
+  auto sum_square = zero;
+  auto farthest = zero;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto distance = hn::Sub(vmax, LoadScores(d, scores + i));
+    hn::Vec<decltype(d)> p;
+    hn::Vec<decltype(d)> u;
+    EvaluateCurve<kKind>(d, hn::MulAdd(distance, slope, shift), level.exponent, &p, &u);
+    sum_p = hn::Add(sum_p, p);
+    sum_u = hn::Add(sum_u, u);
+    const auto positive = hn::Gt(p, zero);
+    count = hn::Add(count, hn::IfThenElseZero(positive, one));
+    if constexpr (kKind == CurveKind::kSquare) {
+      const auto kept = hn::IfThenElseZero(positive, distance);
+      sum_distance = hn::Add(sum_distance, kept);
+      sum_square = hn::MulAdd(kept, kept, sum_square);
+      farthest = hn::Max(farthest, kept);
+    }
+  }
+  CurveSums sums;
+  sums.p = total(sum_p);
+  sums.u = total(sum_u);
+  sums.count = total(count);
+  if constexpr (kKind == CurveKind::kSquare) {
+    sums.distance = total(sum_distance);
+    sums.distance_square = total(sum_square);
+    sums.farthest = static_cast<double>(hn::GetLane(hn::MaxOfLanes(d, farthest)));
+  }
+  return sums;
+}
+
+// Newton's step on the α-norm, from sums at some c.
+template <CurveKind kKind>
+double NewtonStep(const CurveSums& sums, double m) {
+  const double ratio = sums.p / sums.u;
+  if constexpr (kKind == CurveKind::kSoftmax) return std::log(sums.p);
+  if constexpr (kKind == CurveKind::kSparsemax) return ratio * (1.0 - 1.0 / sums.p);
+  if constexpr (kKind == CurveKind::kSquare) return ratio * 2.0 * (1.0 - 1.0 / std::sqrt(sums.p));
+  return ratio * -std::expm1(-m * std::log(sums.p)) / m;
+}
+
+// For kSquare: the c at which Σ (T − slope·δ)² = 1 over the entries that were positive at the last
+// c, with T = 1 − m·c. Those entries contain the support; if all of them are still positive at that
+// c they are the support, and the c is the answer. Otherwise returns the last resort, `newton`.
+inline double ClosedForm(const CurveSums& sums, const Curve& curve, double newton) {
+  const double mean = sums.distance / sums.count;
+  const double spread = sums.distance_square - sums.distance * mean;
+  const double left = 1.0 - curve.slope * curve.slope * spread;
+  const double top = curve.slope * mean + std::sqrt(left / sums.count);  // T; NaN if there is none.
+  return top > curve.slope * sums.farthest ? (1.0 - top) / curve.m : newton;
+}
+
+// Whether logarithms and exponentials make a pass in float worth having for float scores.
+template <CurveKind kKind, typename T>
+constexpr bool kHasFloatPass = kKind == CurveKind::kGeneral&& std::is_same_v<T, float>;
+// How far a solution in float may be off, relative to 1 + c; many times what was ever seen.
+constexpr double kFloatPassError = 1e-4;
+
+// A lower bound of the c that solves the row, at or above `lower`, by a few Newton steps from the
+// left. Curves with m ≤ 1 only; for others `lower` is returned.
+template <CurveKind kKind, typename T>
+double RaiseLowerBound(const T* scores, size_t n, const Curve& curve, double max, double lower,
+                       int steps) {
+  if (curve.m > 1.0) return lower;
+  double c = lower;
+  double change = 0.0;
+  for (int step = 0; step < steps; ++step) {
+    using Compute = std::conditional_t<kHasFloatPass<kKind, T>, float, double>;
+    change = NewtonStep<kKind>(SumCurve<kKind, Compute>(scores, n, curve.LevelAt(c), max), curve.m);
+    if (!(change > 0.0)) break;
+    c += change;
+  }
+  // Rounding of the sums may carry an exact answer some digits too far.
+  const double error = kHasFloatPass<kKind, T> ? kFloatPassError : 1e-12;
+  return std::max(lower, c - error * (1.0 + c));
+}
+
+struct Solution {
+  Level level;
+  double threshold = 0.0;  // As Curve::Threshold().
+};
+
+// No row needs nearly as many passes; a bound all the same, against rounding that goes in circles.
+constexpr int kMaxPasses = 200;
+
+// Curves with m ≤ 1, from a lower bound of c.
+template <CurveKind kKind, typename T>
+Solution SolveFromLeft(const T* scores, size_t n, const Curve& curve, double max, double lower) {
+  double c = lower;
+  if (kHasFloatPass<kKind, T>) {
+    c = RaiseLowerBound<kKind>(scores, n, curve, max, lower, /*steps=*/6);
+  }
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    const CurveSums sums = SumCurve<kKind, double>(scores, n, curve.LevelAt(c), max);
+    double next = c + NewtonStep<kKind>(sums, curve.m);
+    if constexpr (kKind == CurveKind::kSquare) next = ClosedForm(sums, curve, next);
+    const double change = next - c;
+    c = next;
+    // A step this small is rounding, from either side. Every true step goes up; one that does not,
+    // after the first (which may start a rounding error too far right), is rounding too.
+    if (std::abs(change) <= 2.5e-16 * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0)) break;
+  }
+  return {curve.LevelAt(c), curve.Threshold(max, c)};
+}
+
+// Curves with m > 1. The unknown is P, the probability of the largest score: with y = slope·δ·P^−m,
+//     p = P·[1 − y]₊^(1/m)   and   dp/dP = [1 − y]₊^(1/m − 1).
+// In c the same row would lose its digits: 1 − m·c = P^m is tiny when many scores share the lead.
+// Newton's step inside the bracket 1/n ≤ P ≤ 1; bisection where it leaves it or crawls.
+template <typename T>
+Solution SolveForPeak(const T* scores, size_t n, const Curve& curve, double max) {
+  const auto level_at = [&curve](double peak) {
+    // A product with δ = 0 must stay 0.
+    const double steepness = std::min(std::pow(peak, -curve.m), 1e280);
+    return Level{0.0, curve.slope * steepness, curve.exponent, peak};
+  };
+  double low = 1.0 / static_cast<double>(n);
+  double high = 1.0;
+  double peak = high;
+  double previous_width = high - low;
+  CurveSums sums;
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    sums = SumCurve<CurveKind::kGeneral, double>(scores, n, level_at(peak), max);
+    const double excess = peak * sums.p - 1.0;
+    (excess <= 0.0 ? low : high) = peak;
+    double next = peak - excess / sums.u;
+    if (!(next >= low && next <= high) || (pass % 4 == 3 && high - low > 0.5 * previous_width)) {
+      next = 0.5 * (low + high);
+    }
+    if (pass % 4 == 3) previous_width = high - low;
+    const double change = std::abs(next - peak);
+    if (change <= 2.5e-16 * peak) break;
+    peak = next;
+  }
+  // Next to the threshold p jumps by far more than rounding; dividing by the sum spreads that.
+  Level level = level_at(peak);
+  level.factor = 1.0 / sums.p;
+  return {level, max * curve.slope - std::pow(peak, curve.m)};
+}
+
+// The level at which the row sums to 1. `lower` is a lower bound of its c, 0 if none is known.
+template <CurveKind kKind, typename T>
+Solution SolveCurve(const T* scores, size_t n, const Curve& curve, double max, double lower) {
+  if (kKind == CurveKind::kGeneral && curve.m > 1.0) return SolveForPeak(scores, n, curve, max);
+  return SolveFromLeft<kKind>(scores, n, curve, max, lower);
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace flash_entmax::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // FLASH_ENTMAX_SRC_CPU_THRESHOLD_INL_H_

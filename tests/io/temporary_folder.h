@@ -1,0 +1,54 @@
+// A folder of its own for one test, removed with everything in it at the end.
+
+#ifndef FLASH_ENTMAX_TESTS_IO_TEMPORARY_FOLDER_H_
+#define FLASH_ENTMAX_TESTS_IO_TEMPORARY_FOLDER_H_
+
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <string_view>
+
+namespace flash_entmax {
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "flash_entmax.XXXXXX").string();
+    path_ = mkdtemp(name.data());
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  std::string File(const std::string& name) const { return (path_ / name).string(); }
+
+  // How many things the folder holds.
+  int Count() const {
+    return static_cast<int>(std::distance(std::filesystem::directory_iterator(path_), {}));
+  }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline std::string ReadAll(const std::string& path) {
+  std::ostringstream contents;
+  contents << std::ifstream(path, std::ios::binary).rdbuf();
+  return contents.str();
+}
+
+inline void WriteAll(const std::string& path, std::string_view contents) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(contents.data(), static_cast<std::streamsize>(contents.size()));
+}
+
+}  // namespace flash_entmax
+
+#endif  // FLASH_ENTMAX_TESTS_IO_TEMPORARY_FOLDER_H_
