@@ -83,21 +83,31 @@ void AccumulateValues(const CandidateList<T>& list, const T* probability, const 
   }
 }
 
-// Probabilities of the list at its level, in T; drops the candidates that turn out to be zero.
+template <CurveKind kKind>
+HWY_INLINE hn::Vec<DoubleTag> EvaluateLevel(DoubleTag d, hn::Vec<DoubleTag> distance,
+                                            const Level& level) {
+  const auto y = hn::MulAdd(distance, hn::Set(d, level.slope), hn::Set(d, level.shift));
+  hn::Vec<DoubleTag> p;
+  hn::Vec<DoubleTag> u;
+  EvaluateCurve<kKind>(d, y, level.exponent, &p, &u);
+  return hn::Mul(p, hn::Set(d, level.factor));
+}
+
+// Probabilities of the list, in T; drops the candidates that turn out to be zero.
 template <CurveKind kKind, typename T>
-void Probabilities(const Level& level, CandidateList<T>* list, T* probability) {
+void Probabilities(const Solution& solution, CandidateList<T>* list, T* probability) {
   const DoubleTag d;
   const size_t lanes = hn::Lanes(d);
   size_t kept = 0;
   for (size_t i = 0; i < list->count; i += lanes) {
     const auto distance =
         hn::Sub(hn::Set(d, static_cast<double>(list->max)), LoadScores(d, &list->score[i]));
-    const auto y = hn::MulAdd(distance, hn::Set(d, level.slope), hn::Set(d, level.shift));
-    hn::Vec<DoubleTag> p;
-    hn::Vec<DoubleTag> u;
-    EvaluateCurve<kKind>(d, y, level.exponent, &p, &u);
+    auto p = EvaluateLevel<kKind>(d, distance, solution.level);
+    if (solution.second.factor > 0.0) {
+      p = hn::Add(p, EvaluateLevel<kKind>(d, distance, solution.second));
+    }
     HWY_ALIGN double p_lane[HWY_MAX_BYTES / sizeof(double)];
-    hn::Store(hn::Mul(p, hn::Set(d, level.factor)), d, p_lane);
+    hn::Store(p, d, p_lane);
     const size_t size = std::min(lanes, list->count - i);
     for (size_t j = 0; j < size; ++j) {
       const T value = static_cast<T>(p_lane[j]);
@@ -148,7 +158,7 @@ void FinishRow(const PanelInput<T>& input, int64_t row, bool want_support, Candi
       SolveCurve<kKind>(list->score.data(), list->count, curve, max, list->offset);
   threshold = solution.threshold;
   if (memory->scores.size() < list->count) memory->scores.resize(list->count);
-  Probabilities<kKind>(solution.level, list, memory->scores.data());
+  Probabilities<kKind>(solution, list, memory->scores.data());
   AccumulateValues(*list, memory->scores.data(), input.head, out);
   if (want_support) AppendSupport(*list, memory->scores.data(), memory);
 }

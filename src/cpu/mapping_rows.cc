@@ -132,11 +132,16 @@ int64_t WriteLevel(const T* scores, size_t n, const Level& level, double max, T*
 // The same for exponents below 1, where p next to the threshold is so steep that float would show:
 // computed in double.
 template <typename T>
-int64_t WriteSteepLevel(const T* scores, size_t n, const Level& level, double max, T* out) {
+int64_t WriteSteepLevels(const T* scores, size_t n, const Level& first, const Level& second,
+                         double max, T* out) {
+  const auto evaluate = [](const Level& level, double distance) {
+    const double t = 1.0 - (level.shift + level.slope * distance);
+    return t > 0.0 && level.factor > 0.0 ? level.factor * std::pow(t, level.exponent) : 0.0;
+  };
   int64_t support = 0;
   for (size_t i = 0; i < n; ++i) {
-    const double t = 1.0 - (level.shift + level.slope * (max - static_cast<double>(scores[i])));
-    out[i] = t > 0.0 ? static_cast<T>(level.factor * std::pow(t, level.exponent)) : T{0};
+    const double distance = max - static_cast<double>(scores[i]);
+    out[i] = static_cast<T>(evaluate(first, distance) + evaluate(second, distance));
     support += out[i] > T{0};
   }
   return support;
@@ -202,7 +207,7 @@ RowResult SolveRow(const T* scores, size_t n, const RowMaxima<T>& maxima, const 
     bound = static_cast<T>(max - reach - slack);
   }
   std::vector<T>& list = scratch->candidates;
-  const size_t room = n + 3 * HWY_MAX_BYTES / sizeof(T);
+  const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
   if (list.size() < room) list.resize(room);
   const size_t count = CompressAbove(scores, n, bound, list.data());
   const Solution solution = SolveCurve<kKind>(list.data(), count, curve, max, lower);
@@ -213,7 +218,7 @@ RowResult SolveRow(const T* scores, size_t n, const RowMaxima<T>& maxima, const 
     level.factor = 1.0 / SumCurve<CurveKind::kGeneral, double>(list.data(), count, level, max).p;
   }
   if (level.exponent > 0.0 && level.exponent < 1.0) {
-    result.support_size = WriteSteepLevel(scores, n, level, max, out);
+    result.support_size = WriteSteepLevels(scores, n, level, solution.second, max, out);
   } else if (mapping.kind == MappingKind::kNormmax) {
     result.support_size = WriteLevel<CurveKind::kGeneral>(scores, n, level, max, out);
   } else {
@@ -246,7 +251,7 @@ template <typename T>
 RowResult SolveBudget(const T* scores, size_t n, T max, double budget, T* out,
                       RowScratch<T>* scratch) {
   std::vector<T>& list = scratch->candidates;
-  const size_t room = n + 3 * HWY_MAX_BYTES / sizeof(T);
+  const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
   if (list.size() < room) list.resize(room);
   const size_t count = CompressAbove(scores, n, -std::numeric_limits<T>::infinity(), list.data());
   double tau = 0.0;

@@ -184,6 +184,8 @@ double RaiseLowerBound(const T* scores, size_t n, const Curve& curve, double max
 
 struct Solution {
   Level level;
+  // p is the sum of this and `level`; its factor is 0 unless m > 1, see SolveForPeak().
+  Level second = {0.0, 0.0, 1.0, 0.0};
   double threshold = 0.0;  // As Curve::Threshold().
 };
 
@@ -207,13 +209,19 @@ Solution SolveFromLeft(const T* scores, size_t n, const Curve& curve, double max
     // after the first (which may start a rounding error too far right), is rounding too.
     if (std::abs(change) <= 2.5e-16 * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0)) break;
   }
-  return {curve.LevelAt(c), curve.Threshold(max, c)};
+  Solution solution;
+  solution.level = curve.LevelAt(c);
+  solution.threshold = curve.Threshold(max, c);
+  return solution;
 }
 
 // Curves with m > 1. The unknown is P, the probability of the largest score: with y = slope·δ·P^−m,
 //     p = P·[1 − y]₊^(1/m)   and   dp/dP = [1 − y]₊^(1/m − 1).
 // In c the same row would lose its digits: 1 − m·c = P^m is tiny when many scores share the lead.
 // Newton's step inside the bracket 1/n ≤ P ≤ 1; bisection where it leaves it or crawls.
+//
+// Next to the threshold p is so steep that Σ p may jump over 1 between two neighbouring numbers P.
+// The row is then the mixture of the two that sums to 1: what a P of more digits would give.
 template <typename T>
 Solution SolveForPeak(const T* scores, size_t n, const Curve& curve, double max) {
   const auto level_at = [&curve](double peak) {
@@ -221,28 +229,40 @@ Solution SolveForPeak(const T* scores, size_t n, const Curve& curve, double max)
     const double steepness = std::min(std::pow(peak, -curve.m), 1e280);
     return Level{0.0, curve.slope * steepness, curve.exponent, peak};
   };
+  const auto excess_at = [&](double peak, double* derivative) {
+    const CurveSums sums = SumCurve<CurveKind::kGeneral, double>(scores, n, level_at(peak), max);
+    *derivative = sums.u;
+    return peak * sums.p - 1.0;
+  };
+  constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+  double derivative = 0.0;
   double low = 1.0 / static_cast<double>(n);
+  double low_excess = excess_at(low, &derivative);
   double high = 1.0;
+  double high_excess = excess_at(high, &derivative);
   double peak = high;
-  double previous_width = high - low;
-  CurveSums sums;
-  for (int pass = 0; pass < kMaxPasses; ++pass) {
-    sums = SumCurve<CurveKind::kGeneral, double>(scores, n, level_at(peak), max);
-    const double excess = peak * sums.p - 1.0;
+  double excess = high_excess;
+  for (int pass = 0; pass < kMaxPasses && std::abs(excess) > kEpsilon; ++pass) {
+    const double middle = 0.5 * (low + high);
+    if (!(middle > low && middle < high)) break;  // Neighbours.
+    // Newton, but every other pass halves the bracket once that has not been enough.
+    peak -= excess / derivative;
+    if (!(peak > low && peak < high) || (pass > 8 && pass % 2 == 1)) peak = middle;
+    excess = excess_at(peak, &derivative);
     (excess <= 0.0 ? low : high) = peak;
-    double next = peak - excess / sums.u;
-    if (!(next >= low && next <= high) || (pass % 4 == 3 && high - low > 0.5 * previous_width)) {
-      next = 0.5 * (low + high);
-    }
-    if (pass % 4 == 3) previous_width = high - low;
-    const double change = std::abs(next - peak);
-    if (change <= 2.5e-16 * peak) break;
-    peak = next;
+    (excess <= 0.0 ? low_excess : high_excess) = excess;
   }
-  // Next to the threshold p jumps by far more than rounding; dividing by the sum spreads that.
-  Level level = level_at(peak);
-  level.factor = 1.0 / sums.p;
-  return {level, max * curve.slope - std::pow(peak, curve.m)};
+  Solution solution;
+  solution.threshold = max * curve.slope - std::pow(peak, curve.m);
+  solution.level = level_at(peak);
+  if (std::abs(excess) > kEpsilon && high_excess > 0.0 && low_excess < 0.0) {
+    const double weight = -low_excess / (high_excess - low_excess);  // Of the upper end.
+    solution.level = level_at(low);
+    solution.level.factor *= 1.0 - weight;
+    solution.second = level_at(high);
+    solution.second.factor *= weight;
+  }
+  return solution;
 }
 
 // The level at which the row sums to 1. `lower` is a lower bound of its c, 0 if none is known.

@@ -42,6 +42,10 @@ struct Tile {
   using V = hn::Vec<D>;
   V row[kTileRows][kTileVectors];
 
+  // Written out because a constructor that the compiler adds is not compiled for the instruction
+  // set.
+  HWY_ATTR Tile() {}  // NOLINT(modernize-use-equals-default)
+
   HWY_INLINE void Zero() {
     HWY_UNROLL(kTileRows)
     for (int r = 0; r < kTileRows; ++r) {

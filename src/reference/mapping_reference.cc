@@ -181,6 +181,12 @@ MappedRow MapRow(const std::vector<double>& scores, MappingKind kind, double alp
 
 namespace {
 
+// True if any entry is NaN: such a row has no gradient.
+bool IsUndefined(const std::vector<double>& p, const std::vector<double>& g) {
+  const auto is_nan = [](double x) { return std::isnan(x); };
+  return std::any_of(p.begin(), p.end(), is_nan) || std::any_of(g.begin(), g.end(), is_nan);
+}
+
 // ∂L/∂s = u ⊙ (g − ḡ) with u_i = p_i^(2−α) and ḡ = (u·g)/Σu, because dp_i = u_i·(ds_i − dλ) and
 // Σ dp_i = 0. In the same way dp_i = a_i·dα − u_i·dλ with a_i the partial of exp_α at fixed
 // s_i − λ, so ∂L/∂α = Σ a_i·(g_i − ḡ).
@@ -254,6 +260,9 @@ MappedRowGradient BudgetBackward(const std::vector<double>& p, const std::vector
 MappedRowGradient MapRowBackward(const std::vector<double>& probability,
                                  const std::vector<double>& grad_probability, MappingKind kind,
                                  double alpha) {
+  if (IsUndefined(probability, grad_probability)) {
+    return {std::vector<double>(probability.size(), kNaN), kNaN};
+  }
   switch (kind) {
     case MappingKind::kNormmax:
       return NormmaxBackward(probability, grad_probability, alpha);

@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
 
-#include <cmath>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -33,8 +33,8 @@ TEST(Map, MapsRowsOfAnyLength) {
   EXPECT_EQ(result.exit_code, 0) << result.error;
   std::istringstream lines(result.output);
   std::string line;
-  for (const std::vector<double>& row :
-       std::vector<std::vector<double>>{{1, 2, 0.5}, {3, -1, 2, -INFINITY}, {7}}) {
+  for (const std::vector<double>& row : std::vector<std::vector<double>>{
+           {1, 2, 0.5}, {3, -1, 2, -std::numeric_limits<double>::infinity()}, {7}}) {
     ASSERT_TRUE(std::getline(lines, line));
     ExpectNear(Numbers(line), reference::MapRow(row, MappingKind::kEntmax, 1.5).probability);
   }

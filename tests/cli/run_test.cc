@@ -19,12 +19,13 @@ using cli::OwnedTensor;
 
 class RunTest : public ::testing::Test {
  protected:
-  // Adds a tensor of random numbers to the file.
+  // Adds a tensor of random numbers to the file, of zeros if its type is an integer.
   TensorView Add(const std::string& name, DType dtype, const std::vector<int64_t>& shape) {
     auto tensor = OwnedTensor::Allocate(name, dtype, shape);
     EXPECT_TRUE(tensor.ok());
     for (int64_t i = 0; i < tensor->view().num_elements(); ++i) {
-      WriteElement(tensor->mutable_view(), i, std::normal_distribution<double>()(random_));
+      const double number = std::normal_distribution<double>()(random_);
+      WriteElement(tensor->mutable_view(), i, IsFloating(dtype) ? number : 0.0);
     }
     memory_.push_back(std::move(tensor).value());
     tensors_.push_back({name, memory_.back().view()});

@@ -178,7 +178,15 @@ TEST(MapRowBackward, NothingReachesZeros) {
   for (MappingKind kind : {kEntmax, kNormmax, kBudget}) {
     EXPECT_EQ(MapRowBackward(p, {1.0, 1e30, 2.0}, kind, 1.5).scores[1], 0.0);
     EXPECT_EQ(MapRowBackward(p, {1.0, 1e30, 2.0}, kind, 1.5).scores,
-              MapRowBackward(p, {1.0, std::nan(""), 2.0}, kind, 1.5).scores);
+              MapRowBackward(p, {1.0, HUGE_VAL, 2.0}, kind, 1.5).scores);
+  }
+}
+
+TEST(MapRowBackward, NotANumberFillsItsRow) {
+  for (MappingKind kind : {kEntmax, kNormmax, kBudget}) {
+    const MappedRowGradient bad =
+        MapRowBackward({0.75, 0.0, 0.25}, {1.0, std::nan(""), 2.0}, kind, 1.5);
+    for (const double grad : bad.scores) EXPECT_TRUE(std::isnan(grad));
   }
 }
 

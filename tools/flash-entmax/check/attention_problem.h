@@ -38,6 +38,7 @@ class RandomAttention {
   Status MakeTensors(uint64_t seed);
   Row MakeRow(int64_t row) const;
   double AlphaOf(int64_t row) const;
+  double ScoreRoundingError() const;
   void CompareOutput(const TensorView& output, ErrorTable& errors) const;
   void CompareThreshold(const TensorView& threshold, ErrorTable& errors) const;
   void CompareSupport(const AttentionSupport& support, ErrorTable& errors) const;

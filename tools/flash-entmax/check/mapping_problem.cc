@@ -9,6 +9,7 @@
 
 #include "check/precision.h"
 #include "flash_entmax/loss.h"
+#include "math/deformed_exp.h"
 #include "math/element.h"
 #include "random.h"
 
@@ -97,13 +98,18 @@ Expected<MappingProblem> MappingProblem::Make(uint64_t seed, int64_t number) {
     const std::vector<double>& p = problem.mapped_.back().probability;
     double low = kInfinity;
     double high = -kInfinity;
+    double slope_sum = 0.0;
     for (int64_t i = 0; i < problem.size_; ++i) {
       const double probability = p[static_cast<size_t>(i)];
       WriteElement(problem.probability_.mutable_view(), row * problem.size_ + i, probability);
       if (!(probability > 0.0)) continue;
+      slope_sum += options.kind == MappingKind::kBudget
+                       ? (probability < 1.0 ? 1.0 : 0.0)
+                       : std::pow(probability, 2.0 - options.alpha);
       low = std::min(low, scores[static_cast<size_t>(i)]);
       high = std::max(high, scores[static_cast<size_t>(i)]);
     }
+    problem.slope_sum_.push_back(std::max(slope_sum, 1e-300));
     problem.score_range_.push_back(low < high ? std::max(1.0, high - low) : 1.0);
     problem.largest_score_.push_back(std::max(1.0, LargestMagnitude(scores)));
     problem.gradients_.push_back(reference::MapRowBackward(
@@ -136,20 +142,34 @@ std::string MappingProblem::Describe() const {
 void MappingProblem::Note(ErrorTable& errors, const char* what, double actual, double expected,
                           double bound) const {
   // Where the result has to be NaN or infinite, it has to be just that.
-  const bool same = actual == expected || (std::isnan(actual) && std::isnan(expected));
+  const bool same =
+      actual == RoundTo(dtype_, expected) || (std::isnan(actual) && std::isnan(expected));
   errors.Record(what, flash_entmax::NameOf(dtype_), same ? 0.0 : std::abs(actual - expected),
                 same || std::isnan(expected) ? 0.0 : bound, number_);
 }
 
 // The bound of mapping.h; at the edge of the support, where its derivative ends, the exact change.
+// To that comes what both sides' sums over the support cannot know, being sums in double.
 double MappingProblem::ProbabilityBound(int64_t row, double p, double epsilon) const {
+  const auto r = static_cast<size_t>(row);
   const double alpha = options_.kind == MappingKind::kBudget ? 2.0 : options_.alpha;
-  const double shift = 4.0 * epsilon * score_range_[static_cast<size_t>(row)];
+  const double shift = 4.0 * epsilon * score_range_[r];
+  if (std::isnan(p)) return 0.0;
   double linear = 0.0;
+  double sum_error = 0.0;
   if (p > 0.0) {
-    linear = epsilon * (4.0 + 2.0 * std::abs(std::log(p))) * p + shift * std::pow(p, 2.0 - alpha);
+    const double slope = std::pow(p, 2.0 - alpha);
+    linear = epsilon * (4.0 + 2.0 * std::abs(std::log(p))) * p + shift * slope;
+    sum_error = slope / slope_sum_[r] * 0x1p-52 * static_cast<double>(mapped_[r].support_size);
   }
-  return std::max(linear, ProbabilityShift(p, alpha, shift)) + SmallestOf(dtype_);
+  double bound = std::max(linear, ProbabilityShift(p, alpha, shift)) + sum_error;
+  if (options_.kind == MappingKind::kNormmax) {
+    // Normmax divides by a sum, so that what the edge of the support is uncertain of reaches all.
+    for (const double other : mapped_[r].probability) {
+      bound += p * ProbabilityShift(other, alpha, 4.0 * 0x1p-52 * score_range_[r]);
+    }
+  }
+  return bound + SmallestOf(dtype_);
 }
 
 Status MappingProblem::CompareMapping(int threads, ErrorTable& errors) const {
@@ -202,11 +222,15 @@ Status MappingProblem::CompareMapping(int threads, ErrorTable& errors) const {
            8.0 * epsilon * (std::abs(expected) + weight * largest) + 2.0 * SmallestOf(dtype_));
     }
     if (!with_alpha) continue;
-    // Each entry adds its own derivative in α, of the size of p·log²p, times a difference of
-    // gradients. Half precisions and float32 are computed in float32.
+    // The gradient is a sum of each entry's own derivative in α times a difference of gradients,
+    // powers again with errors in proportion to the logarithm. Half precisions and float32 are
+    // computed in float32.
     double size = 0.0;
     for (const double x : p) {
-      if (x > 0.0) size += x * (1.0 + std::log(x) * std::log(x));
+      if (!(x > 0.0)) continue;
+      const double terms = x * (1.0 + std::log(x) * std::log(x));
+      size += (terms + std::abs(DeformedExpAlphaPartial(options.alpha, x))) *
+              (1.0 - 0.25 * std::log(x));
     }
     const double compute = std::min(epsilon, 0x1p-23);
     Note(errors, "gradient in alpha", ReadElement(grad_alpha->view(), row), gradients_[r].alpha,

@@ -48,6 +48,7 @@ class MappingProblem {
   std::vector<reference::MappedRow> mapped_;
   std::vector<reference::MappedRowGradient> gradients_;
   std::vector<reference::LossRow> losses_;  // Empty for kBudget, which has none.
+  std::vector<double> slope_sum_;           // Σ p^(2−α) of each row: ∂Σp/∂τ up to sign.
   std::vector<double> score_range_;         // Within the support of each row, at least 1.
   std::vector<double> largest_score_;       // In absolute value, at least 1.
 };

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "flash_entmax/tensor.h"
+#include "math/element.h"
 
 namespace flash_entmax::cli {
 
@@ -35,6 +36,14 @@ inline double SmallestOf(DType dtype) {
     default:
       return 0x1p-149;
   }
+}
+
+// Rounded to the type, as the library's results are.
+inline double RoundTo(DType dtype, double value) {
+  double memory = 0.0;
+  const auto view = MutableTensorView::Contiguous(&memory, dtype, {1});
+  WriteElement(view, 0, value);
+  return ReadElement(view.view(), 0);
 }
 
 // How far α-entmax's probability p moves at most when its score moves by `shift` against the
