@@ -228,7 +228,7 @@ class RowReader {
 
   // Rows [first, last) into `buffer`, `length` apart. Only for readers that are not direct.
   void Gather(int64_t first, int64_t last, Compute* buffer) const {
-    int64_t offset[kRowsPerGather];
+    int64_t offset[kRowsPerGather] = {};
     for (int64_t row = first; row < last; ++row) {
       offset[row - first] = rows_.Offset(strides_, row);
     }
@@ -268,7 +268,7 @@ class RowWriter {
   bool direct() const { return direct_; }
 
   void Scatter(int64_t first, int64_t last, const Compute* buffer) const {
-    int64_t offset[kRowsPerGather];
+    int64_t offset[kRowsPerGather] = {};
     for (int64_t row = first; row < last; ++row) {
       offset[row - first] = rows_.Offset(strides_, row);
     }

@@ -14,9 +14,10 @@ bool ElementRange(const TensorView& tensor, int64_t* lowest, int64_t* highest) {
   __extension__ using Wide = __int128;
   Wide low = 0;
   Wide high = 0;
+  if (SizeOf(tensor.dtype) == 0) return false;
   const Wide limit = std::numeric_limits<int64_t>::max() / SizeOf(tensor.dtype) / 4;
   for (int i = 0; i < tensor.rank; ++i) {
-    const Wide extent = Wide{tensor.shape[i] - 1} * tensor.strides[i];
+    const Wide extent = (Wide{tensor.shape[i]} - 1) * tensor.strides[i];
     (extent < 0 ? low : high) += extent;
     if (low < -limit || high > limit) return false;
   }

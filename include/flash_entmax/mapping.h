@@ -63,8 +63,10 @@ struct MappingExtras {
 // support; for the rest Newton's method to the last bits. With ε the tensor's machine epsilon,
 //     |p − p*| ≤ ε·(4 + 2·|log p|)·p + 4ε·max(1, range)·p^(2−α) + half the smallest positive
 //     number,
-// where range is the spread of the scores within the support and p the larger of the two. Σp is 1
-// within n·ε; for α > 2 probabilities are divided by their sum, so it is there too.
+// where range is the spread of the scores within the support and p the larger of the two; a float64
+// row of n entries adds the rounding of its sum, n·ε·p^(2−α)/Σp^(2−α), and normmax with α > 2 what
+// its normalisation inherits from the steep edge of the support. Σp is 1 within n·ε; for α > 2
+// mixtures at the edge of the support see to that.
 Status MappingForward(const TensorView& scores, const MappingOptions& options,
                       const MutableTensorView& probabilities, const MappingExtras& extras = {});
 

@@ -227,17 +227,17 @@ RowResult SolveRow(const T* scores, size_t n, const RowMaxima<T>& maxima, const 
   return result;
 }
 
-// Σ min(max(s − τ, 0), 1) and the number of entries strictly between.
+// Σ clamp(level − δ, 0, 1) over the list, δ = max − s, and the number of entries strictly between.
 template <typename T>
-void SumClamped(const T* list, size_t n, double tau, double* sum, double* active) {
+void SumClamped(const T* list, size_t n, double max, double level, double* sum, double* active) {
   const DoubleTag d;
   const auto zero = hn::Zero(d);
   const auto one = hn::Set(d, 1.0);
-  const auto shift = hn::Set(d, tau);
   auto total = zero;
   auto count = zero;
   for (size_t i = 0; i < n; i += hn::Lanes(d)) {
-    const auto x = hn::Sub(LoadScores(d, list + i), shift);
+    const auto distance = hn::Sub(hn::Set(d, max), LoadScores(d, list + i));
+    const auto x = hn::Sub(hn::Set(d, level), distance);
     total = hn::Add(total, hn::Min(hn::Max(x, zero), one));
     count = hn::Add(count, hn::IfThenElseZero(hn::And(hn::Gt(x, zero), hn::Lt(x, one)), one));
   }
@@ -245,41 +245,41 @@ void SumClamped(const T* list, size_t n, double tau, double* sum, double* active
   *active = hn::GetLane(hn::SumOfLanes(d, count));
 }
 
-// Probabilities clamp(s − τ, 0, 1) that sum to the budget. The sum falls in τ and is piecewise
-// linear, so Newton's step inside a bracket ends at the exact corner-free piece.
+// Probabilities clamp(s − τ, 0, 1) that sum to the budget, solved for level = max − τ, so that
+// large scores cost no digits. The sum rises in the level and is piecewise linear: Newton's step
+// inside a bracket ends on the piece that holds the answer.
 template <typename T>
-RowResult SolveBudget(const T* scores, size_t n, T max, double budget, T* out,
+RowResult SolveBudget(const T* scores, size_t n, T row_max, double budget, T* out,
                       RowScratch<T>* scratch) {
   std::vector<T>& list = scratch->candidates;
   const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
   if (list.size() < room) list.resize(room);
   const size_t count = CompressAbove(scores, n, -std::numeric_limits<T>::infinity(), list.data());
-  double tau = 0.0;
-  if (static_cast<double>(count) <= budget) {  // Everything that may be chosen is.
-    tau = -std::numeric_limits<double>::infinity();
-  } else {
+  const double max = static_cast<double>(row_max);
+  double level = std::numeric_limits<double>::infinity();
+  if (static_cast<double>(count) > budget) {  // Otherwise everything that may be chosen is.
     const double lowest = static_cast<double>(*std::min_element(list.data(), list.data() + count));
-    double low = lowest - 1.0;               // Sums to count > budget.
-    double high = static_cast<double>(max);  // Sums to 0.
-    tau = static_cast<double>(max) - std::min(1.0, budget / static_cast<double>(count));
-    for (int step = 0; step < 2000; ++step) {
+    double low = 0.0;                    // Sums to 0.
+    double high = (max - lowest) + 1.0;  // Sums to count > budget.
+    level = std::min(1.0, budget / static_cast<double>(count));
+    // Enough for bisection alone to reach neighbouring numbers, from the largest range there is.
+    for (int step = 0; step < 2200; ++step) {
       double sum = 0.0;
       double active = 0.0;
-      SumClamped(list.data(), count, tau, &sum, &active);
-      (sum >= budget ? low : high) = tau;
-      double next = tau + (sum - budget) / active;  // Infinite or NaN on a flat piece.
+      SumClamped(list.data(), count, max, level, &sum, &active);
+      (sum <= budget ? low : high) = level;
+      double next = level + (budget - sum) / active;  // Infinite or NaN on a flat piece.
       if (!(next >= low && next <= high) || step % 8 == 7) next = 0.5 * (low + high);
-      const double change = std::abs(next - tau);
-      tau = next;
-      if (change <= 2.5e-16 * (1.0 + std::abs(tau))) break;
+      const double change = std::abs(next - level);
+      level = next;
+      if (change <= 2.5e-16 * level) break;
     }
   }
-  RowResult result{tau, 0};
+  RowResult result{max - level, 0};
   for (size_t i = 0; i < n; ++i) {
     const double s = static_cast<double>(scores[i]);
-    const double p =
-        s == -std::numeric_limits<double>::infinity() ? 0.0 : std::min(std::max(s - tau, 0.0), 1.0);
-    out[i] = static_cast<T>(p);
+    const bool masked = s == -std::numeric_limits<double>::infinity();
+    out[i] = masked ? T{0} : static_cast<T>(std::min(std::max(level - (max - s), 0.0), 1.0));
     result.support_size += out[i] > T{0};
   }
   return result;

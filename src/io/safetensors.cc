@@ -174,6 +174,7 @@ Status WriteSafetensors(const std::string& path, const std::vector<NamedTensor>&
                         const std::map<std::string, std::string>& metadata) {
   if (Status status = CheckNames(tensors); !status.ok()) return status;
   std::vector<const NamedTensor*> ordered;
+  ordered.reserve(tensors.size());
   for (const NamedTensor& named : tensors) ordered.push_back(&named);
   std::stable_sort(ordered.begin(), ordered.end(), [](const auto* a, const auto* b) {
     return SizeOf(a->tensor.dtype) > SizeOf(b->tensor.dtype);

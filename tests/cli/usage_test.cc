@@ -45,7 +45,7 @@ TEST(Usage, UnknownFlagsAreErrors) {
     if (subcommand[0] == "run") words.emplace_back("file");
     ExpectBadInput(With(words, "--no-such-flag"), "--no-such-flag");
   }
-  ExpectBadInput({}, "a subcommand is required: run, map");
+  ExpectBadInput({}, "run, map, plan, check, bench, info");
   ExpectBadInput({"no-such-command"}, "no-such-command");
   ExpectBadInput({"bench"}, "a subcommand is required: mapping, attention");
   ExpectBadInput({"bench", "other"}, "other");

@@ -269,7 +269,7 @@ TEST(Attention, NotANumberStaysInItsRow) {
       AttentionFeatures features;
       features.causal = true;
       AttentionCase data({1, 1, 1, 100, 100, 8, 8}, features, DType::kFloat32, alpha, &random);
-      (bad_key ? data.key : data.query).Set({0, 0, 60, 3}, NAN);
+      (bad_key ? data.key : data.query).Set({0, 0, 60, 3}, std::nan(""));
       Results results(data.shape(), DType::kFloat32, nullptr);
       ASSERT_TRUE(IsOk(AttentionForward(data.problem(), results.views(false))));
       for (int64_t i = 0; i < 100; ++i) {
@@ -288,7 +288,7 @@ TEST(Attention, HiddenValuesDoNotMatter) {
     AttentionFeatures features;
     features.causal = true;
     AttentionCase data({1, 1, 1, 50, 50, 8, 8}, features, DType::kFloat32, alpha, &random);
-    for (int64_t e = 0; e < 8; ++e) data.value.Set({0, 0, 49, e}, NAN);
+    for (int64_t e = 0; e < 8; ++e) data.value.Set({0, 0, 49, e}, std::nan(""));
     Results results(data.shape(), DType::kFloat32, nullptr);
     ASSERT_TRUE(IsOk(AttentionForward(data.problem(), results.views(false))));
     for (int64_t i = 0; i < 49; ++i) {
@@ -354,13 +354,12 @@ class BadAttentionInput : public ::testing::Test {
 };
 
 TEST_F(BadAttentionInput, Numbers) {
-  for (const double alpha :
-       {0.99, 0.0, -1.0, static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+  for (const double alpha : {0.99, 0.0, -1.0, static_cast<double>(std::nan("")), HUGE_VAL}) {
     problem_.alpha = alpha;
     ExpectRejected("alpha");
   }
   problem_ = data_.problem();
-  problem_.scale = NAN;
+  problem_.scale = std::nan("");
   ExpectRejected("scale");
   problem_ = data_.problem();
   problem_.softcap = -1.0;

@@ -238,8 +238,10 @@ inline std::string ForwardDisagreement(const MappingCase& c, MappingProblem* pro
     if (!undefined) {
       const double total = c.kind == MappingKind::kBudget ? std::min(c.budget, unmasked) : 1.0;
       const double n = static_cast<double>(got.size());
+      // The budget mapping's probabilities are differences of scores, with their rounding.
+      const double scale = c.kind == MappingKind::kBudget ? std::max({1.0, total, range}) : 1.0;
       report.Expect(where + "sum", sum, total,
-                    n * (EpsilonOf(c.dtype) * std::max(1.0, total) + RoundingNearZero(c.dtype)));
+                    n * (EpsilonOf(c.dtype) * scale + RoundingNearZero(c.dtype)));
     }
     report.Expect(where + "support_size", problem->support_size.Get(problem->RowIndex(row)),
                   positive, 0.0);

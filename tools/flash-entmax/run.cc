@@ -134,7 +134,7 @@ Status Compute(const CommonOptions& common, const AttentionProblem& problem,
     AttentionSupport part;
     AttentionOutputs part_outputs = SliceOutputs(outputs, slice);
     if (count || support != nullptr) part_outputs.support = &part;
-    const Status status = AttentionForward(SliceProblem(problem, slice), part_outputs, run);
+    Status status = AttentionForward(SliceProblem(problem, slice), part_outputs, run);
     if (!status.ok()) return status;
     if (count) statistics.entries += static_cast<int64_t>(part.key_index.size());
     if (support != nullptr) AppendSupport(part, *support);

@@ -26,8 +26,9 @@ constexpr int64_t kHeadSizes[] = {1, 7, 16, 24, 33, 64, 64, 80, 128};
 constexpr int64_t kMaxQueries = 40;
 constexpr int64_t kMaxKeys = 300;
 
-// The stated constant: the output may be this many ε times the largest value worse than twice the
-// plain computation, which by luck may have no error at all.
+// The stated constants: the output may be this many ε times the largest value, and what one
+// rounding of the largest score makes of it, worse than twice the plain computation, which by luck
+// may have no error at all.
 constexpr double kOutputConstant = 2.0;
 
 // Half precisions are computed in float32.
@@ -41,9 +42,10 @@ const T& Pick(bench::Random& random, const T (&choices)[N]) {
 // The element of a view that is broadcast to the dimensions of `index`.
 double ReadBroadcast(const TensorView& view, const std::vector<int64_t>& index) {
   int64_t offset = 0;
-  const auto skipped = static_cast<int>(index.size()) - view.rank;
+  const int skipped = static_cast<int>(index.size()) - view.rank;
   for (int d = 0; d < view.rank; ++d) {
-    if (view.shape[d] != 1) offset += index[static_cast<size_t>(d + skipped)] * view.strides[d];
+    if (view.shape[d] != 1)
+      offset += index[static_cast<size_t>(skipped) + static_cast<size_t>(d)] * view.strides[d];
   }
   return ReadElement(view, offset);
 }
@@ -276,15 +278,15 @@ RandomAttention::Row RandomAttention::MakeRow(int64_t index) const {
   if (problem_.query_scale) {
     product *= std::abs(ReadBroadcast(problem_.query_scale, {batch, head, query}));
   }
-  double largest_score = 0.0;
   for (const double s : row.expected.score) {
-    if (std::isfinite(s)) largest_score = std::max(largest_score, std::abs(s));
+    if (std::isfinite(s)) row.largest_score = std::max(row.largest_score, std::abs(s));
   }
   // A dot product of n terms has an error of n·ε/2 times the norms at worst, √n typically; a
   // quarter of the worst case is still far above what is typical for every size. The rest is for
   // scaling, capping and adding biases.
   if (std::isnan(product)) product = 0.0;  // The row is NaN, or sees no key.
-  row.score_error = ComputeEpsilon(dtype) * ((size / 8.0 + 4.0) * product + 4.0 * largest_score);
+  row.score_error =
+      ComputeEpsilon(dtype) * ((size / 8.0 + 4.0) * product + 4.0 * row.largest_score);
 
   const double alpha = AlphaOf(index);
   const auto note_errors = [&](const auto& plain) {
@@ -323,8 +325,9 @@ Expected<RandomAttention> RandomAttention::Make(uint64_t seed, int64_t number, i
 }
 
 // For α > 2 the derivative p^(2−α) has no bound at the threshold, so what rounding of one score
-// does to a probability depends on luck that the plain computation need not share: the largest
-// change that an error of score_error can make.
+// does to a probability depends on luck that the plain computation need not share. In float64 the
+// plain computation rounds just as the reference does, so its error against it says nothing. In
+// both cases, the largest change of a row's probabilities that an error of score_error can make.
 double RandomAttention::ScoreRoundingError() const {
   double largest = 0.0;
   for (size_t row = 0; row < rows_.size(); ++row) {
@@ -351,8 +354,10 @@ void RandomAttention::CompareOutput(const TensorView& output, ErrorTable& errors
   const int64_t size = output.shape[3];
   double error = 0.0;
   double plain_error = 0.0;
+  double largest_score = 0.0;
   for (size_t row = 0; row < rows_.size(); ++row) {
     plain_error = std::max(plain_error, rows_[row].plain_error);
+    largest_score = std::max(largest_score, rows_[row].largest_score);
     for (int64_t c = 0; c < size; ++c) {
       const double actual = ReadElement(output, static_cast<int64_t>(row) * size + c);
       const double expected = rows_[row].expected.output[static_cast<size_t>(c)];
@@ -364,8 +369,9 @@ void RandomAttention::CompareOutput(const TensorView& output, ErrorTable& errors
     if (std::isnan(error)) break;
   }
   errors.Record("attention output", flash_entmax::NameOf(output.dtype), error,
-                2.0 * plain_error + kOutputConstant * EpsilonOf(output.dtype) * largest_value_ +
-                    ScoreRoundingError() * largest_value_,
+                2.0 * plain_error + largest_value_ * (kOutputConstant * EpsilonOf(output.dtype) +
+                                                      ComputeEpsilon(output.dtype) * largest_score +
+                                                      ScoreRoundingError()),
                 number_);
 }
 

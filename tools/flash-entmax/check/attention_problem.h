@@ -31,8 +31,9 @@ class RandomAttention {
   // One row's reference, and what its rounding may do.
   struct Row {
     reference::AttentionRow expected;
-    double score_error = 0.0;  // Of a score computed in the problem's precision, at most.
-    double plain_error = 0.0;  // Largest error of the plain computation's output.
+    double largest_score = 0.0;  // In absolute value.
+    double score_error = 0.0;    // Of a score computed in the problem's precision, at most.
+    double plain_error = 0.0;    // Largest error of the plain computation's output.
   };
 
   Status MakeTensors(uint64_t seed);

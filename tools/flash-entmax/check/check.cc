@@ -75,8 +75,9 @@ std::string DescribeProblem(uint64_t seed, int64_t number, int threads) {
 CommandResult Check(const CommonOptions& common, const CheckOptions& options) {
   const int threads = common.threads > 0 ? common.threads : DefaultThreads();
   ErrorTables tables;
-  for (const std::string& name : ChosenInstructionSets(common))
+  for (const std::string& name : ChosenInstructionSets(common)) {
     tables.emplace_back(name, ErrorTable());
+  }
 
   const int64_t first = options.problem.value_or(0);
   const int64_t end = options.problem.has_value() ? first + 1 : options.problems;
@@ -144,8 +145,14 @@ void AddCheckCommand(CLI::App& program, Context& context) {
       "Random problems over types, shapes and masks are compared with plain double loops, for\n"
       "every instruction set that this machine has, or the one that --isa names. Each line of the\n"
       "table shows the comparison that came nearest to its bound. An attention output may be off\n"
-      "by twice the error of a plain computation in the same precision plus 2ε·max|v|; a key may\n"
-      "be in or out of a support against the reference only within rounding of the threshold.");
+      "by twice the error of a plain computation in the same precision plus (2ε + "
+      "ε·max|s|)·max|v|\n"
+      "with s the scores; in float64, where the reference itself is no more precise, and for α > "
+      "2,\n"
+      "where probabilities have no bounded derivative, also by what rounding of the scores can "
+      "do.\n"
+      "A key may be in or out of a support against the reference only within rounding of the\n"
+      "threshold. NaN where there should be a number is a failure.");
   command->add_option("--seed", options->seed, "Which random problems")->capture_default_str();
   command->add_option("--problems", options->problems, "How many random problems")
       ->check(CLI::Range(int64_t{1}, kMaxProblems))

@@ -160,7 +160,9 @@ double MappingProblem::ProbabilityBound(int64_t row, double p, double epsilon) c
   if (p > 0.0) {
     const double slope = std::pow(p, 2.0 - alpha);
     linear = epsilon * (4.0 + 2.0 * std::abs(std::log(p))) * p + shift * slope;
-    sum_error = slope / slope_sum_[r] * 0x1p-52 * static_cast<double>(mapped_[r].support_size);
+    const double sum = options_.kind == MappingKind::kBudget ? std::max(1.0, options_.budget) : 1.0;
+    sum_error =
+        slope / slope_sum_[r] * sum * 0x1p-52 * static_cast<double>(mapped_[r].support_size);
   }
   double bound = std::max(linear, ProbabilityShift(p, alpha, shift)) + sum_error;
   if (options_.kind == MappingKind::kNormmax) {
@@ -250,9 +252,9 @@ Status MappingProblem::CompareLoss(int threads, ErrorTable& errors) const {
   if (!loss.ok()) return loss.status();
   Expected<OwnedTensor> grad = OwnedTensor::Allocate("check", dtype_, {rows_, size_});
   if (!grad.ok()) return grad.status();
-  const Status status = FenchelYoungLoss(
-      scores_.view(), TensorView::Contiguous(targets_.data(), DType::kInt64, {rows_}), options,
-      loss->mutable_view(), grad->mutable_view());
+  Status status = FenchelYoungLoss(scores_.view(),
+                                   TensorView::Contiguous(targets_.data(), DType::kInt64, {rows_}),
+                                   options, loss->mutable_view(), grad->mutable_view());
   if (!status.ok()) return status;
   for (int64_t row = 0; row < rows_; ++row) {
     const auto r = static_cast<size_t>(row);
