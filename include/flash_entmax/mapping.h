@@ -65,8 +65,8 @@ struct MappingExtras {
 //     number,
 // where range is the spread of the scores within the support and p the larger of the two; a float64
 // row of n entries adds the rounding of its sum, n·ε·p^(2−α)/Σp^(2−α), and normmax with α > 2 what
-// its normalisation inherits from the steep edge of the support. Σp is 1 within n·ε; for α > 2
-// mixtures at the edge of the support see to that.
+// its normalisation inherits from the steep edge of the support. Σp is 1 within n·ε (budget:
+// within n·ε·max(budget, range)); for α > 2 mixtures at the edge of the support see to that.
 Status MappingForward(const TensorView& scores, const MappingOptions& options,
                       const MutableTensorView& probabilities, const MappingExtras& extras = {});
 

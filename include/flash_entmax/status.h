@@ -59,6 +59,7 @@ class [[nodiscard]] Expected {
   T&& value() && { return std::get<T>(std::move(state_)); }
   const T& operator*() const& { return value(); }
   T& operator*() & { return value(); }
+  T&& operator*() && { return std::move(*this).value(); }
   const T* operator->() const { return &value(); }
   T* operator->() { return &value(); }
   Status status() const { return ok() ? Status::Ok() : std::get<Status>(state_); }
