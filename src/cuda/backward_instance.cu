@@ -1,0 +1,113 @@
+// Backward launch sequence. Compiled like forward_instance.cu.
+#include "launch_support.h"
+#include "support_columns_backward.cuh"
+#include "support_rows_backward.cuh"
+#include "tile_columns_backward.cuh"
+#include "tile_rows_backward.cuh"
+
+namespace flash_entmax::cuda {
+
+template <class Element, int kHeadDim>
+int LaunchBackward(const Plan& plan, const DeviceLimits& device,
+                   const FlashEntmaxBackwardTensors& tensors, const SavedBuffers& saved,
+                   const BackwardScratch& scratch, cudaStream_t stream) {
+  const Shape& shape = plan.shape;
+  const auto query = AsTensor<const Element>(tensors.query);
+  const auto key = AsTensor<const Element>(tensors.key);
+  const auto value = AsTensor<const Element>(tensors.value);
+  const auto output_gradient = AsTensor<const Element>(tensors.output_gradient);
+  const auto query_gradient = AsTensor<Element>(tensors.query_gradient);
+  const int64_t columns = static_cast<int64_t>(shape.KeyHeads()) * shape.keys;
+  using RowsTraits = TileRowsTraits<kHeadDim>;
+  using ColumnsTraits = TileColumnsTraits<kHeadDim>;
+  const TensorExtent query_extent{kHeadDim, shape.queries, shape.heads, shape.batch};
+  const TensorExtent key_extent{kHeadDim, shape.keys, shape.kv_heads, shape.batch};
+  CUtensorMap key_map, value_map, query_map, gradient_map;
+  constexpr bool kFp16 = kIsFp16<Element>;
+  static_assert(RowsTraits::kTileKeys == ColumnsTraits::kBlockKeys);
+  if (!MakeTensorMap(tensors.key, kFp16, key_extent, RowsTraits::kTileKeys, &key_map) ||
+      !MakeTensorMap(tensors.value, kFp16, key_extent, RowsTraits::kTileKeys, &value_map) ||
+      !MakeTensorMap(tensors.query, kFp16, query_extent, ColumnsTraits::kStepQueries, &query_map) ||
+      !MakeTensorMap(tensors.output_gradient, kFp16, query_extent, ColumnsTraits::kStepQueries,
+                     &gradient_map)) {
+    return FLASH_ENTMAX_CUDA_FAILURE;
+  }
+  const size_t block_flag_bytes = static_cast<size_t>(shape.KeyHeads()) * plan.padded_keys /
+                                  ColumnsTraits::kBlockKeys * sizeof(int);
+  if (cudaMemsetAsync(&saved.control->long_column_count, 0, sizeof(int), stream) != cudaSuccess ||
+      cudaMemsetAsync(scratch.tile_block_flag, 0, block_flag_bytes, stream) != cudaSuccess) {
+    return FLASH_ENTMAX_CUDA_FAILURE;
+  }
+  return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
+    constexpr AlphaMode kAlpha = decltype(alpha)::value;
+    const TileRowsParams<Element> tile_rows{shape,          query,          output_gradient,
+                                            query_gradient, saved.state,    saved.control,
+                                            scratch.delta,  plan.tiles_only};
+    const TileColumnsParams<Element> tile_columns{shape,
+                                                  key,
+                                                  value,
+                                                  saved.state,
+                                                  saved.control,
+                                                  scratch.delta,
+                                                  scratch.tile_key_gradient,
+                                                  scratch.tile_value_gradient,
+                                                  scratch.tile_block_flag,
+                                                  plan.padded_keys,
+                                                  plan.tiles_only};
+    if (!Launch(TileRowsBackwardKernel<Element, kHeadDim, kAlpha>, device.multiprocessors,
+                RowsTraits::kThreads, sizeof(TileRowsShared<kHeadDim>), stream, key_map, value_map,
+                tile_rows) ||
+        !Launch(TileColumnsBackwardKernel<Element, kHeadDim, kAlpha>, device.multiprocessors,
+                ColumnsTraits::kThreads, sizeof(TileColumnsShared<kHeadDim>), stream, query_map,
+                gradient_map, key_map, value_map, tile_columns)) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+    if (ExclusiveSum(scratch.scan, scratch.scan_bytes, saved.state.column_count,
+                     scratch.column_offset, columns, stream) != cudaSuccess) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+    const SupportRowsParams<Element> rows{shape,
+                                          key,
+                                          value,
+                                          output_gradient,
+                                          query_gradient,
+                                          saved.state,
+                                          scratch.column_offset,
+                                          scratch.column_entries,
+                                          plan.tiles_only};
+    const int64_t row_blocks = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries /
+                               (kSupportRowsThreads / kLanesPerRow);
+    if (!Launch(SupportRowsBackwardKernel<Element, kHeadDim, kAlpha>, row_blocks,
+                kSupportRowsThreads, 0, stream, rows)) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+    const SupportColumnsParams<Element> column_params{shape,
+                                                      query,
+                                                      output_gradient,
+                                                      AsTensor<Element>(tensors.key_gradient),
+                                                      AsTensor<Element>(tensors.value_gradient),
+                                                      saved.state.column_count,
+                                                      scratch.column_offset,
+                                                      scratch.column_entries,
+                                                      scratch.order,
+                                                      scratch.long_columns,
+                                                      saved.control,
+                                                      scratch.tile_key_gradient,
+                                                      scratch.tile_value_gradient,
+                                                      scratch.tile_block_flag,
+                                                      plan.padded_keys};
+    const bool launched =
+        Launch(SupportColumnsBackwardKernel<Element, kHeadDim>,
+               CeilDiv(columns, kSupportColumnsThreads / kLanesPerRow), kSupportColumnsThreads, 0,
+               stream, column_params) &&
+        Launch(LongColumnsBackwardKernel<Element, kHeadDim>, 3 * device.multiprocessors,
+               kLongColumnsThreads, 0, stream, column_params);
+    return launched ? FLASH_ENTMAX_OK : FLASH_ENTMAX_CUDA_FAILURE;
+  });
+}
+
+template int LaunchBackward<FLASH_ENTMAX_ELEMENT, FLASH_ENTMAX_HEAD_DIM>(
+    const Plan&, const DeviceLimits&, const FlashEntmaxBackwardTensors&, const SavedBuffers&,
+    const BackwardScratch&, cudaStream_t);
+
+}  // namespace flash_entmax::cuda

@@ -1,0 +1,105 @@
+// Forward launch sequence. Compiled once for each element type and head size:
+//   -DFLASH_ENTMAX_ELEMENT=__nv_bfloat16|__half -DFLASH_ENTMAX_HEAD_DIM=32|64|128
+#include "finish_forward.cuh"
+#include "launch_support.h"
+#include "prepare_keys.cuh"
+#include "screen_forward.cuh"
+#include "tile_forward.cuh"
+
+namespace flash_entmax::cuda {
+
+template <class Element, int kHeadDim>
+int LaunchForward(const Plan& plan, const DeviceLimits& device,
+                  const FlashEntmaxForwardTensors& tensors, const SavedBuffers& saved,
+                  const ForwardScratch& scratch, cudaStream_t stream) {
+  const Shape& shape = plan.shape;
+  const auto query = AsTensor<const Element>(tensors.query);
+  const auto key = AsTensor<const Element>(tensors.key);
+  const auto value = AsTensor<const Element>(tensors.value);
+  const auto output = AsTensor<Element>(tensors.output);
+  const TensorExtent extent{kHeadDim, shape.keys, shape.kv_heads, shape.batch};
+  constexpr int kTileKeys = TileForwardTraits<kHeadDim, false>::kTileKeys;
+  CUtensorMap screen_map, key_map, value_map;
+  if (!MakeTensorMap(tensors.key, kIsFp16<Element>, extent, kTileKeys, &key_map) ||
+      !MakeTensorMap(tensors.value, kIsFp16<Element>, extent, kTileKeys, &value_map)) {
+    return FLASH_ENTMAX_CUDA_FAILURE;
+  }
+  if (!plan.tiles_only) {
+    FlashEntmaxTensor screened = tensors.key;
+    if (scratch.half_keys) {
+      const int64_t head_stride = static_cast<int64_t>(shape.keys) * kHeadDim;
+      screened = {scratch.half_keys, {head_stride * shape.kv_heads, head_stride, kHeadDim}};
+    }
+    if (!MakeTensorMap(screened, true, extent, ScreenTraits<kHeadDim>::kTileKeys, &screen_map)) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+  }
+  if (cudaMemsetAsync(saved.control, 0, saved.zeroed_bytes, stream) != cudaSuccess) {
+    return FLASH_ENTMAX_CUDA_FAILURE;
+  }
+  return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
+    constexpr AlphaMode kAlpha = decltype(alpha)::value;
+    if (!plan.tiles_only) {
+      PrepareKeysKernel<Element, kHeadDim>
+          <<<dim3(static_cast<unsigned>(CeilDiv(shape.keys, kPrepareKeysRows)), shape.KeyHeads()),
+             kPrepareKeysThreads, 0, stream>>>(shape, key, saved.key_norm, scratch.half_keys);
+      for (int first = 0; first < shape.BatchHeads(); first += plan.heads_per_launch) {
+        const int heads = std::min(plan.heads_per_launch, shape.BatchHeads() - first);
+        if (first > 0 &&
+            cudaMemsetAsync(&saved.control->next_item, 0, sizeof(int), stream) != cudaSuccess) {
+          return FLASH_ENTMAX_CUDA_FAILURE;
+        }
+        const ScreenParams<Element> screen{shape,
+                                           query,
+                                           saved.key_norm,
+                                           scratch.lists,
+                                           scratch.list_count,
+                                           scratch.bound,
+                                           saved.state,
+                                           saved.control,
+                                           first,
+                                           heads,
+                                           plan.sample_stride};
+        if (!Launch(ScreenForwardKernel<Element, kHeadDim, kAlpha>, device.multiprocessors,
+                    ScreenTraits<kHeadDim>::kThreads, sizeof(ScreenShared<kHeadDim>), stream,
+                    screen_map, screen)) {
+          return FLASH_ENTMAX_CUDA_FAILURE;
+        }
+        const FinishParams<Element> finish{shape,
+                                           query,
+                                           key,
+                                           value,
+                                           output,
+                                           scratch.lists,
+                                           scratch.list_count,
+                                           scratch.bound,
+                                           saved.state,
+                                           saved.control,
+                                           first,
+                                           plan.save};
+        const int64_t strips = static_cast<int64_t>(heads) * (shape.padded_queries / kStripRows);
+        if (!Launch(FinishForwardKernel<Element, kHeadDim, kAlpha>, strips, kFinishThreads, 0,
+                    stream, finish)) {
+          return FLASH_ENTMAX_CUDA_FAILURE;
+        }
+      }
+    }
+    const TileForwardParams<Element> tile{shape,       query,         output,         scratch.bound,
+                                          saved.state, saved.control, plan.tiles_only};
+    const auto launch_tiles = [&](auto save) {
+      constexpr bool kSave = decltype(save)::value;
+      return Launch(TileForwardKernel<Element, kHeadDim, kAlpha, kSave>, device.multiprocessors,
+                    TileForwardTraits<kHeadDim, kSave>::kThreads,
+                    sizeof(TileForwardShared<kHeadDim, kSave>), stream, key_map, value_map, tile);
+    };
+    const bool launched =
+        plan.save ? launch_tiles(std::true_type()) : launch_tiles(std::false_type());
+    return launched ? FLASH_ENTMAX_OK : FLASH_ENTMAX_CUDA_FAILURE;
+  });
+}
+
+template int LaunchForward<FLASH_ENTMAX_ELEMENT, FLASH_ENTMAX_HEAD_DIM>(
+    const Plan&, const DeviceLimits&, const FlashEntmaxForwardTensors&, const SavedBuffers&,
+    const ForwardScratch&, cudaStream_t);
+
+}  // namespace flash_entmax::cuda

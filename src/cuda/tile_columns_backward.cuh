@@ -1,0 +1,244 @@
+// Backward of the tile path, key side: what flagged units of queries add to dK and dV.
+//
+// A persistent CTA owns 128 keys: a producer warp and two warp groups of 64 keys. It visits the
+// flagged units of every query head that reads these keys, in a fixed order, 64 queries at a time:
+// S^T = K.Q^T and dP^T = V.dO^T, then P and dS as 16-bit operands, dV += P^T.dO, dK += dS^T.Q. Four
+// products a score; sums stay in registers and leave as fp32, to which the list path adds its part
+// (support_columns_backward.cuh).
+// K and V are operands in registers, or in shared memory for head size 128.
+// Traffic: keys and values once, queries and gradients once a block of keys, from L2.
+#ifndef FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
+#define FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
+
+#include "threshold.cuh"
+#include "tile_product.cuh"
+
+namespace flash_entmax::cuda {
+
+template <class Element>
+struct TileColumnsParams {
+  Shape shape;
+  Tensor<const Element> key, value;
+  SavedState saved;
+  const Control* control;
+  const float* delta;
+  float* key_gradient;    // (batch * kv_heads) x padded_keys x head_dim
+  float* value_gradient;  // the same
+  int* block_flag;        // (batch * kv_heads) x blocks: 1 where the sums above are valid
+  int padded_keys;
+  bool all_units;
+};
+
+template <int kHeadDim>
+struct TileColumnsTraits {
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockKeys = 128;
+  static constexpr int kStepQueries = 64;
+  static constexpr int kStages = 4;
+  static constexpr bool kSharedOperands = kHeadDim == 128;
+  static constexpr int kConsumerThreads = kConsumers * kWarpGroupThreads;
+  static constexpr int kThreads = kConsumerThreads + kWarpGroupThreads;
+  static constexpr int kStageBytes = kTileBytes<kHeadDim, kStepQueries>;
+  static constexpr int kBlockBytes = kSharedOperands ? kTileBytes<kHeadDim, kBlockKeys> : 0;
+};
+
+template <int kHeadDim>
+struct TileColumnsShared {
+  using Traits = TileColumnsTraits<kHeadDim>;
+  alignas(1024) char query[Traits::kStages][Traits::kStageBytes];
+  alignas(1024) char gradient[Traits::kStages][Traits::kStageBytes];
+  alignas(1024) char key[Traits::kBlockBytes + 16];
+  alignas(1024) char value[Traits::kBlockBytes + 16];
+  alignas(128) float threshold[Traits::kStages][Traits::kStepQueries];
+  alignas(128) float delta[Traits::kStages][Traits::kStepQueries];
+  int first_query[Traits::kStages];  // -1: the block of keys is done
+  uint64_t full[Traits::kStages];
+  uint64_t empty[Traits::kStages];
+  uint64_t block_full;
+  uint64_t block_empty;
+};
+
+template <class Element, int kHeadDim, AlphaMode kAlpha>
+__global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
+    TileColumnsBackwardKernel(const __grid_constant__ CUtensorMap query_map,
+                              const __grid_constant__ CUtensorMap gradient_map,
+                              const __grid_constant__ CUtensorMap key_map,
+                              const __grid_constant__ CUtensorMap value_map,
+                              const __grid_constant__ TileColumnsParams<Element> params) {
+  using Traits = TileColumnsTraits<kHeadDim>;
+  constexpr int kStep = Traits::kStepQueries;
+  if (!params.all_units && __shfl_sync(kFullWarp, params.control->flagged_count, 0) == 0) return;
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<TileColumnsShared<kHeadDim>*>(shared_bytes);
+  const Shape& shape = params.shape;
+  const int thread = threadIdx.x, lane = thread % kWarpSize;
+  const int group = __shfl_sync(kFullWarp, thread / kWarpGroupThreads, 0);
+  const int blocks = params.padded_keys / Traits::kBlockKeys;
+  const int work_count = blocks * shape.KeyHeads();
+  if (thread == 0) {
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      cute::initialize_barrier(shared.full[stage], 1);
+      cute::initialize_barrier(shared.empty[stage], Traits::kConsumerThreads / kWarpSize);
+    }
+    cute::initialize_barrier(shared.block_full, 1);
+    cute::initialize_barrier(shared.block_empty, Traits::kConsumerThreads / kWarpSize);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  RingPosition<Traits::kStages> position;
+  RingPosition<1> block_position;
+
+  if (group == Traits::kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (thread != Traits::kConsumerThreads) return;
+    for (int work = blockIdx.x; work < work_count; work += gridDim.x) {
+      const int kv = work % shape.KeyHeads();
+      const int first_key = work / shape.KeyHeads() * Traits::kBlockKeys;
+      const int batch = kv / shape.kv_heads, kv_head = kv % shape.kv_heads;
+      if constexpr (Traits::kSharedOperands) {
+        cute::wait_barrier(shared.block_empty, block_position.parity ^ 1);
+        cute::set_barrier_transaction_bytes(shared.block_full, 2 * Traits::kBlockBytes);
+        LoadTile<kHeadDim, Traits::kBlockKeys>(key_map, &shared.block_full, shared.key, first_key,
+                                               kv_head, batch);
+        LoadTile<kHeadDim, Traits::kBlockKeys>(value_map, &shared.block_full, shared.value,
+                                               first_key, kv_head, batch);
+        block_position.Advance();
+      }
+      // The first query that sees the first key of the block.
+      const int first_query = shape.causal ? max(0, first_key - (shape.keys - shape.queries)) : 0;
+      for (int member = 0; member < shape.group; ++member) {
+        const int query_head = kv_head * shape.group + member;
+        const int head = batch * shape.heads + query_head;
+        for (int query = first_query / kStep * kStep; query < shape.queries; query += kStep) {
+          const int unit = head * shape.Units() + query / Shape::kUnitRows;
+          if (!params.all_units && params.saved.unit_flag[unit] == kListPath) continue;
+          const int stage = position.stage;
+          cute::wait_barrier(shared.empty[stage], position.parity ^ 1);
+          shared.first_query[stage] = query;
+          uint64_t* const full = &shared.full[stage];
+          cute::set_barrier_transaction_bytes(
+              *full, 2 * Traits::kStageBytes + 2 * kStep * static_cast<int>(sizeof(float)));
+          LoadTile<kHeadDim, kStep>(query_map, full, shared.query[stage], query, query_head, batch);
+          LoadTile<kHeadDim, kStep>(gradient_map, full, shared.gradient[stage], query, query_head,
+                                    batch);
+          const size_t padded_row = static_cast<size_t>(head) * shape.padded_queries + query;
+          cute::SM90_BULK_COPY_G2S::copy(params.saved.threshold + padded_row, full,
+                                         shared.threshold[stage], kStep * sizeof(float));
+          cute::SM90_BULK_COPY_G2S::copy(params.delta + padded_row, full, shared.delta[stage],
+                                         kStep * sizeof(float));
+          position.Advance();
+        }
+      }
+      cute::wait_barrier(shared.empty[position.stage], position.parity ^ 1);
+      shared.first_query[position.stage] = -1;
+      cute::arrive_barrier(shared.full[position.stage]);
+      position.Advance();
+    }
+    return;
+  }
+
+  cutlass::arch::warpgroup_reg_alloc<240>();
+  const AlphaRule<kAlpha> rule(shape.alpha);
+  const int warp = thread / kWarpSize % 4;
+  for (int work = blockIdx.x; work < work_count; work += gridDim.x) {
+    const int kv = work % shape.KeyHeads(), block = work / shape.KeyHeads();
+    const int batch = kv / shape.kv_heads, kv_head = kv % shape.kv_heads;
+    const int block_row = group * 64 + warp * kStripRows + lane / 4;
+    const int key = block * Traits::kBlockKeys + block_row;
+    uint32_t key_operand[Traits::kSharedOperands ? 1 : kHeadDim / 4];
+    uint32_t value_operand[Traits::kSharedOperands ? 1 : kHeadDim / 4];
+    if constexpr (Traits::kSharedOperands) {
+      cute::wait_barrier(shared.block_full, block_position.parity);
+    } else {
+      LoadOperand<Element, kHeadDim>(params.key.Row(batch, kv_head, 0), params.key.strides.row, key,
+                                     shape.keys, lane, key_operand);
+      LoadOperand<Element, kHeadDim>(params.value.Row(batch, kv_head, 0), params.value.strides.row,
+                                     key, shape.keys, lane, value_operand);
+    }
+    float key_sum[kHeadDim / 2] = {}, value_sum[kHeadDim / 2] = {};
+    float scores[32], gradients[32];
+    uint32_t p_operand[16], ds_operand[16];
+    bool any = false;
+#pragma unroll 1
+    for (;;) {
+      const int stage = position.stage;
+      cute::wait_barrier(shared.full[stage], position.parity);
+      const int first_query = __shfl_sync(kFullWarp, shared.first_query[stage], 0);
+      if (first_query < 0) break;
+      any = true;
+      const char* const query_tile = shared.query[stage];
+      const char* const gradient_tile = shared.gradient[stage];
+      Fence(scores);
+      Fence(gradients);
+      cute::warpgroup_arrive();
+      if constexpr (Traits::kSharedOperands) {
+        IssueSharedScores<Element, kHeadDim>(shared.key, Traits::kBlockKeys, group * 64, query_tile,
+                                             kStep, 0, scores);
+        IssueSharedScores<Element, kHeadDim>(shared.value, Traits::kBlockKeys, group * 64,
+                                             gradient_tile, kStep, 0, gradients);
+      } else {
+        IssueScores<Element, kHeadDim>(key_operand, query_tile, kStep, 0, scores);
+        IssueScores<Element, kHeadDim>(value_operand, gradient_tile, kStep, 0, gradients);
+      }
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      Fence(scores);
+      Fence(gradients);
+      // Queries past the end have threshold +inf; keys past the end are not stored.
+      if (shape.VisibleKeys(first_query) < (block + 1) * Traits::kBlockKeys) {
+#pragma unroll
+        for (int e = 0; e < 32; ++e) {
+          const int query = first_query + 8 * (e / 4) + 2 * (lane % 4) + (e & 1);
+          if (key + ((e & 2) ? 8 : 0) >= shape.VisibleKeys(query)) scores[e] = -INFINITY;
+        }
+      }
+      constexpr float kScale = ElementTraits<Element>::kWeightScale;
+#pragma unroll
+      for (int column = 0; column < 8; ++column) {
+        const int offset = 8 * column + 2 * (lane % 4);
+        const float2 threshold = *reinterpret_cast<const float2*>(&shared.threshold[stage][offset]);
+        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][offset]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int e = 4 * column + 2 * r;
+          float p[2], u[2];
+          rule.Weights(__saturatef(fmaf(shape.coefficient, scores[e], -threshold.x)), &p[0], &u[0]);
+          rule.Weights(__saturatef(fmaf(shape.coefficient, scores[e + 1], -threshold.y)), &p[1],
+                       &u[1]);
+          p_operand[e / 2] = ElementTraits<Element>::Pack(kScale * p[0], kScale * p[1]);
+          ds_operand[e / 2] = ElementTraits<Element>::Pack(u[0] * (gradients[e] - delta.x),
+                                                           u[1] * (gradients[e + 1] - delta.y));
+        }
+      }
+      Fence(key_sum);
+      Fence(value_sum);
+      cute::warpgroup_arrive();
+      IssueWeightedRows<Element, kHeadDim>(p_operand, gradient_tile, kStep, 0, value_sum);
+      IssueWeightedRows<Element, kHeadDim>(ds_operand, query_tile, kStep, 0, key_sum);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      Fence(key_sum);
+      Fence(value_sum);
+      if (lane == 0) cute::arrive_barrier(shared.empty[stage]);
+      position.Advance();
+    }
+    if (lane == 0) {
+      cute::arrive_barrier(shared.empty[position.stage]);
+      if constexpr (Traits::kSharedOperands) cute::arrive_barrier(shared.block_empty);
+    }
+    position.Advance();
+    block_position.Advance();
+    if (any) {
+      const int64_t offset =
+          (static_cast<int64_t>(kv) * params.padded_keys + block * Traits::kBlockKeys) * kHeadDim;
+      StoreSums<kHeadDim>(key_sum, 1.0f, params.key_gradient + offset, block_row, lane);
+      StoreSums<kHeadDim>(value_sum, 1.0f / ElementTraits<Element>::kWeightScale,
+                          params.value_gradient + offset, block_row, lane);
+    }
+    if (thread == 0) params.block_flag[kv * blocks + block] = any;
+  }
+}
+
+}  // namespace flash_entmax::cuda
+
+#endif  // FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
