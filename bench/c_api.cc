@@ -20,8 +20,8 @@ int Report(const fe::Status& status) {
 extern "C" {
 
 // scores, probabilities: float32 [rows, columns], row-major. 0 on success.
-int flash_entmax_bench_map(const float* scores, float* probabilities, int64_t rows,
-                           int64_t columns, double alpha, int num_threads) {
+int flash_entmax_bench_map(const float* scores, float* probabilities, int64_t rows, int64_t columns,
+                           double alpha, int num_threads) {
   fe::MappingOptions options;
   options.alpha = alpha;
   options.num_threads = num_threads;
@@ -32,15 +32,14 @@ int flash_entmax_bench_map(const float* scores, float* probabilities, int64_t ro
 
 // probabilities, grad_probabilities, grad_scores: as above.
 int flash_entmax_bench_map_backward(const float* probabilities, const float* grad_probabilities,
-                                    float* grad_scores, int64_t rows, int64_t columns,
-                                    double alpha, int num_threads) {
+                                    float* grad_scores, int64_t rows, int64_t columns, double alpha,
+                                    int num_threads) {
   fe::MappingOptions options;
   options.alpha = alpha;
   options.num_threads = num_threads;
   return Report(fe::MappingBackward(
       fe::TensorView::Contiguous(probabilities, fe::DType::kFloat32, {rows, columns}),
-      fe::TensorView::Contiguous(grad_probabilities, fe::DType::kFloat32, {rows, columns}),
-      options,
+      fe::TensorView::Contiguous(grad_probabilities, fe::DType::kFloat32, {rows, columns}), options,
       fe::MutableTensorView::Contiguous(grad_scores, fe::DType::kFloat32, {rows, columns})));
 }
 

@@ -3,6 +3,7 @@
 #include "flash_entmax/attention.h"
 
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <new>
 #include <string>
@@ -76,6 +77,13 @@ Status CheckShapes(const AttentionProblem& problem) {
   return Status::Ok();
 }
 
+// std::to_string would show 1e-46 as 0.000000.
+std::string Scientific(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
 Status CheckNumbers(const AttentionProblem& problem) {
   if (!problem.alpha_per_head && !(std::isfinite(problem.alpha) && problem.alpha >= 1.0)) {
     return BadArgument("alpha", std::to_string(problem.alpha), "finite and ≥ 1");
@@ -85,6 +93,17 @@ Status CheckNumbers(const AttentionProblem& problem) {
   }
   if (!(std::isfinite(problem.softcap) && problem.softcap >= 0.0)) {
     return BadArgument("softcap", std::to_string(problem.softcap), "finite and ≥ 0");
+  }
+  if (problem.query.dtype != DType::kFloat64) {  // Computed in float32.
+    constexpr double kLargest = static_cast<double>(std::numeric_limits<float>::max());
+    constexpr double kSmallest = static_cast<double>(std::numeric_limits<float>::min());
+    if (problem.scale && !(std::abs(*problem.scale) <= kLargest)) {
+      return BadArgument("scale", Scientific(*problem.scale), "at most 3.4e38, or use float64");
+    }
+    if (problem.softcap != 0.0 && !(problem.softcap >= kSmallest && problem.softcap <= kLargest)) {
+      return BadArgument("softcap", Scientific(problem.softcap),
+                         "0 or in [1.2e-38, 3.4e38], or use float64");
+    }
   }
   if (problem.window_left && *problem.window_left < 0) {
     return BadArgument("window_left", Number(*problem.window_left), "≥ 0");

@@ -259,17 +259,19 @@ RowResult SolveBudget(const T* scores, size_t n, T row_max, double budget, T* ou
   double level = std::numeric_limits<double>::infinity();
   if (static_cast<double>(count) > budget) {  // Otherwise everything that may be chosen is.
     const double lowest = static_cast<double>(*std::min_element(list.data(), list.data() + count));
-    double low = 0.0;                    // Sums to 0.
-    double high = (max - lowest) + 1.0;  // Sums to count > budget.
+    double low = 0.0;  // Sums to 0.
+    // Sums to count > budget.
+    double high = std::min((max - lowest) + 1.0, std::numeric_limits<double>::max());
     level = std::min(1.0, budget / static_cast<double>(count));
     // Enough for bisection alone to reach neighbouring numbers, from the largest range there is.
     for (int step = 0; step < 2200; ++step) {
       double sum = 0.0;
       double active = 0.0;
       SumClamped(list.data(), count, max, level, &sum, &active);
-      (sum <= budget ? low : high) = level;
+      if (sum == budget) break;  // Also on a flat piece, where every level is right.
+      (sum < budget ? low : high) = level;
       double next = level + (budget - sum) / active;  // Infinite or NaN on a flat piece.
-      if (!(next >= low && next <= high) || step % 8 == 7) next = 0.5 * (low + high);
+      if (!(next >= low && next <= high) || step % 8 == 7) next = 0.5 * low + 0.5 * high;
       const double change = std::abs(next - level);
       level = next;
       if (change <= 2.5e-16 * level) break;

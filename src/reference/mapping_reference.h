@@ -19,8 +19,8 @@ struct MappedRow {
   int64_t support_size = 0;
 };
 
-// scores (n): −inf marks masked entries; n = 0 and all-masked rows give zeros, NaN or +inf give NaN.
-// alpha > 0 for kEntmax, > 1 for kNormmax, unused for kBudget; budget > 0, for kBudget only.
+// scores (n): −inf marks masked entries; n = 0 and all-masked rows give zeros, NaN or +inf give
+// NaN. alpha > 0 for kEntmax, > 1 for kNormmax, unused for kBudget; budget > 0, for kBudget only.
 MappedRow MapRow(const std::vector<double>& scores, MappingKind kind, double alpha,
                  double budget = 1.0);
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <new>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "command.h"
@@ -20,7 +21,8 @@ int Complain(int exit_code, std::string message) {
     if (c == '\n' || c == '\r') c = ' ';
   }
   while (!message.empty() && message.back() == ' ') message.pop_back();
-  if (!message.empty()) fmt::print(stderr, "flash-entmax: {}\n", message);
+  // Not fmt::print, which throws if stderr is closed or full; the exit code still tells then.
+  if (!message.empty()) std::fputs(fmt::format("flash-entmax: {}\n", message).c_str(), stderr);
   return exit_code;
 }
 
@@ -71,6 +73,13 @@ int Main(int argc, char** argv) {
   AddCheckCommand(program, context);
   AddBenchCommand(program, context);
   AddInfoCommand(program, context);
+  for (int i = 1; i < argc; ++i) {
+    // Typically a shell variable that is not set; the parser would take it for 0 or for no value.
+    if (argv[i][0] == '\0') {
+      return Complain(CommandResult::kBadInput,
+                      fmt::format("argument {} is empty; give a value or leave its flag out", i));
+    }
+  }
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -93,6 +102,9 @@ int Main(int argc, char** argv) {
     return Complain(result.exit_code(), result.message());
   } catch (const std::bad_alloc&) {
     return Complain(CommandResult::kBadInput, "the input needs more memory than there is");
+  } catch (const std::system_error& error) {  // What fmt::print throws.
+    return Complain(CommandResult::kFailure,
+                    std::string("cannot write to standard output: ") + error.what());
   }
 }
 

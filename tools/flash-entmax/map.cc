@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <cerrno>
@@ -40,7 +41,14 @@ struct MappedNumbers {
 };
 
 Expected<std::vector<NumberRow>> ReadInput(const std::string& file) {
-  if (file == "-") return ReadNumberRows(std::cin, "standard input");
+  if (file == "-") {
+    struct stat input = {};
+    // A stream takes a closed descriptor or a folder for the end of the input.
+    if (fstat(STDIN_FILENO, &input) != 0 || S_ISDIR(input.st_mode)) {
+      return Status::Io("standard input: cannot be read");
+    }
+    return ReadNumberRows(std::cin, "standard input");
+  }
   const std::string name = "file '" + file + "'";
   struct stat information = {};
   // Opening a folder as a stream succeeds, and reading it says nothing.

@@ -46,7 +46,7 @@ Progress::Progress(const CommonOptions& common, std::string label, int64_t total
 
 Progress::~Progress() {
   if (!drawn_) return;
-  fmt::print(stderr, "{}", kClearLine);
+  std::fputs(kClearLine, stderr);
   std::fflush(stderr);
 }
 
@@ -69,9 +69,11 @@ void Progress::Draw(Clock::time_point now) {
   for (int i = 0; i < kBarWidth; ++i) {
     bar += static_cast<double>(i) < share * kBarWidth ? "█" : "░";
   }
-  fmt::print(stderr, "{}{} {} {:3.0f} %  {}/{} {}  {} {}/s  {} left", kClearLine, label_, bar,
-             share * 100, Count(static_cast<double>(done_)), Count(static_cast<double>(total_)),
-             unit_, Count(speed), unit_, Duration(left));
+  const std::string line =
+      fmt::format("{}{} {} {:3.0f} %  {}/{} {}  {} {}/s  {} left", kClearLine, label_, bar,
+                  share * 100, Count(static_cast<double>(done_)),
+                  Count(static_cast<double>(total_)), unit_, Count(speed), unit_, Duration(left));
+  std::fputs(line.c_str(), stderr);
   std::fflush(stderr);
   drawn_ = true;
 }

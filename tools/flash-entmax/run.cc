@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -211,6 +212,11 @@ CommandResult Run(const CommonOptions& common, const RunOptions& options) {
     return Status::InvalidArgument("--support: needs --output, where the support is written");
   }
   if (!options.output.empty()) {
+    std::error_code ignored;
+    if (std::filesystem::equivalent(options.file, options.output, ignored)) {
+      return Status::InvalidArgument("--output: got the input file, '" + options.output +
+                                     "'; must be another");
+    }
     // A path that cannot be written is better known now than after the work.
     const Expected<io::AtomicFile> probe = io::AtomicFile::Create(options.output);
     if (!probe.ok()) return probe.status();
