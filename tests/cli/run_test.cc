@@ -243,6 +243,7 @@ TEST_F(RunTest, BadInputWritesNothing) {
   expect({"--key-mask", "q"}, "key_mask");
   ExpectBadInput({"run", input, "--support"}, "--support: needs --output");
   ExpectBadInput({"run", input, "--output", folder_.File("missing/output")}, "No such file");
+  ExpectBadInput({"run", input, "--output", input}, "--output: got the input file");
   ExpectBadInput({"run", input, "--output", folder_.File("")}, "not a regular file");
   EXPECT_EQ(folder_.Count(), 1) << "the input only";
 }

@@ -53,6 +53,12 @@ TEST(Usage, UnknownFlagsAreErrors) {
   ExpectBadInput({"run"}, "file");
 }
 
+// What an unset shell variable in quotes becomes.
+TEST(Usage, EmptyArgumentsAreErrors) {
+  ExpectBadInput({"map", "--alpha", ""}, "argument 3 is empty");
+  ExpectBadInput({"plan", "--heads", ""}, "argument 3 is empty");
+}
+
 TEST(Usage, NumbersMustBeNumbers) {
   ExpectBadInput({"info", "--threads", "many"}, "--threads");
   ExpectBadInput({"info", "--threads", "-1"}, "--threads");

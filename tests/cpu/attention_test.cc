@@ -364,6 +364,14 @@ TEST_F(BadAttentionInput, Numbers) {
   problem_ = data_.problem();
   problem_.softcap = -1.0;
   ExpectRejected("softcap");
+  for (const double softcap : {4e38, 1e-46}) {  // Out of float32's range, in which it computes.
+    problem_ = data_.problem();
+    problem_.softcap = softcap;
+    ExpectRejected("softcap");
+  }
+  problem_ = data_.problem();
+  problem_.scale = 1e39;
+  ExpectRejected("scale");
   problem_ = data_.problem();
   problem_.window_left = -1;
   ExpectRejected("window_left");

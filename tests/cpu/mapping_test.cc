@@ -289,5 +289,25 @@ TEST(Mapping, SupportListsPositiveEntriesRowByRow) {
   EXPECT_EQ(columns->probability, (std::vector<double>{0.5, 0.25, 0.75}));
 }
 
+// Ranges in which a step of the level is larger than the clamp is wide.
+TEST(Mapping, BudgetOverHugeRanges) {
+  const auto map = [](std::vector<double> scores, double budget) {
+    std::vector<double> p(scores.size(), std::nan(""));
+    const auto size = static_cast<int64_t>(scores.size());
+    MappingOptions options;
+    options.kind = MappingKind::kBudget;
+    options.budget = budget;
+    EXPECT_TRUE(MappingForward(TensorView::Contiguous(scores.data(), DType::kFloat64, {size}),
+                               options,
+                               MutableTensorView::Contiguous(p.data(), DType::kFloat64, {size}))
+                    .ok());
+    return p;
+  };
+  EXPECT_EQ(map({1e16, 0.0, -1e16}, 1.0), (std::vector<double>{1.0, 0.0, 0.0}));
+  EXPECT_EQ(map({1.7e308, -1.7e308, 0.0}, 1.0), (std::vector<double>{1.0, 0.0, 0.0}));
+  EXPECT_EQ(map({1.7e308, -1.7e308, 0.0}, 2.0), (std::vector<double>{1.0, 0.0, 1.0}));
+  EXPECT_EQ(map({1.0, 2.0, 0.5}, 1.0), (std::vector<double>{0.0, 1.0, 0.0}));
+}
+
 }  // namespace
 }  // namespace flash_entmax
