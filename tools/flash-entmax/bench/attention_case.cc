@@ -126,7 +126,7 @@ Status AttentionCase::Verify(const AttentionProblem& variant, uint64_t seed, int
     AttentionSupport support;
     AttentionOutputs part = SliceOutputs(outputs, slice);
     part.support = &support;
-    const Status status = AttentionForward(SliceProblem(variant, slice), part, options);
+    Status status = AttentionForward(SliceProblem(variant, slice), part, options);
     if (!status.ok()) return status;
     entries += static_cast<int64_t>(support.key_index.size());
     for (size_t row = 0; row + 1 < support.row_offsets.size(); ++row) {

@@ -114,8 +114,9 @@ Expected<std::vector<Prediction>> Evaluate(const Retrieval& retrieval, const Str
   const auto predict = [&](size_t a, bool want_support) {
     Expected<Prediction> prediction =
         retrieval.Predict(positions, (*evaluations)[a].setting(), want_support);
-    if (prediction.ok()) predictions[a] = std::move(prediction).value();
-    return prediction.status();
+    if (!prediction.ok()) return prediction.status();
+    predictions[a] = std::move(prediction).value();
+    return Status::Ok();
   };
   for (int round = 0; round < rounds; ++round) {
     for (size_t a = 0; a < evaluations->size(); ++a) {

@@ -107,7 +107,8 @@ std::string Legend(const Plot& plot) {
   for (size_t s = 0; s < plot.series.size(); ++s) {
     const double x =
         kLeft + static_cast<double>(s % kLegendColumns) * (kRight - kLeft) / kLegendColumns;
-    const double y = 14 + static_cast<double>(s / kLegendColumns) * kLegendRow;
+    const size_t row = s / kLegendColumns;
+    const double y = 14 + static_cast<double>(row) * kLegendRow;
     svg += fmt::format(R"(<g class="series-{}"><path class="line" d="M{:.1f} {:.1f}h24"/>{}</g>)"
                        R"(<text x="{:.1f}" y="{:.1f}" dy="0.35em">{}</text>)",
                        s, x, y, Mark(s, x + 12, y, 4), x + 32, y, EscapeHtml(plot.series[s].name));

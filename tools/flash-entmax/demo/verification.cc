@@ -1,7 +1,5 @@
 #include "demo/verification.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -10,6 +8,7 @@
 #include <set>
 #include <utility>
 
+#include "cpu/parallel.h"
 #include "reference/attention_reference.h"
 
 namespace flash_entmax::cli {
@@ -91,14 +90,14 @@ Expected<Verification> Verify(const Retrieval& retrieval, const Prediction& pred
     kept[n] = std::move(row->kept);
   }
   std::vector<RowComparison> comparisons(positions.size());
-  const int threads = retrieval.threads() > 0 ? retrieval.threads() : omp_get_max_threads();
   const auto count = static_cast<int64_t>(positions.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t n = 0; n < count; ++n) {
-    const auto row = static_cast<size_t>(n);
-    comparisons[row] = CompareRow(retrieval, setting, positions[row],
-                                  prediction.DistributionAt(positions[row]), kept[row]);
-  }
+  cpu::ParallelFor(count, /*grain=*/1, retrieval.threads(), [&](int64_t first, int64_t last, int) {
+    for (int64_t n = first; n < last; ++n) {
+      const auto row = static_cast<size_t>(n);
+      comparisons[row] = CompareRow(retrieval, setting, positions[row],
+                                    prediction.DistributionAt(positions[row]), kept[row]);
+    }
+  });
   Verification result;
   result.rows = count;
   result.passed = true;
