@@ -325,6 +325,20 @@ std::vector<ThreadMemory<Compute>> AllocateThreads(int count, int64_t length, bo
   return threads;
 }
 
+// Calls run_group(first row, last row, memory of the thread) for all rows, kRowsPerGather at a
+// time.
+template <typename Compute, typename RunGroup>
+void ForEachGroup(const Rows& rows, int num_threads, std::vector<ThreadMemory<Compute>>* threads,
+                  const RunGroup& run_group) {
+  cpu::ParallelFor(rows.count, RowsPerPiece(rows), num_threads,
+                   [&](int64_t first, int64_t last, int thread) {
+                     for (int64_t row = first; row < last; row += kRowsPerGather) {
+                       run_group(row, std::min(last, row + kRowsPerGather),
+                                 (*threads)[static_cast<size_t>(thread)]);
+                     }
+                   });
+}
+
 template <typename T>
 void RunForward(const TensorView& scores, const MappingOptions& options,
                 const ResolvedOptions& resolved, const MutableTensorView& probabilities,
@@ -373,13 +387,7 @@ void RunForward(const TensorView& scores, const MappingOptions& options,
     }
     if (!writer.direct()) writer.Scatter(first, last, memory.out.data());
   };
-  cpu::ParallelFor(rows.count, RowsPerPiece(rows), options.num_threads,
-                   [&](int64_t first, int64_t last, int thread) {
-                     for (int64_t row = first; row < last; row += kRowsPerGather) {
-                       run_group(row, std::min(last, row + kRowsPerGather),
-                                 threads[static_cast<size_t>(thread)]);
-                     }
-                   });
+  ForEachGroup(rows, options.num_threads, &threads, run_group);
 }
 
 template <typename T>
@@ -415,13 +423,7 @@ void RunBackward(const TensorView& probabilities, const TensorView& grad_probabi
     }
     if (!writer.direct()) writer.Scatter(first, last, memory.out.data());
   };
-  cpu::ParallelFor(rows.count, RowsPerPiece(rows), options.num_threads,
-                   [&](int64_t first, int64_t last, int thread) {
-                     for (int64_t row = first; row < last; row += kRowsPerGather) {
-                       run_group(row, std::min(last, row + kRowsPerGather),
-                                 threads[static_cast<size_t>(thread)]);
-                     }
-                   });
+  ForEachGroup(rows, options.num_threads, &threads, run_group);
 }
 
 // The first failure among checks that are all evaluated; each is cheap.

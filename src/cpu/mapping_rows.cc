@@ -71,6 +71,14 @@ void FindMaxima(const T* HWY_RESTRICT scores, size_t n, RowMaxima<T>* result) {
   result->has_nan = !hn::AllTrue(d, ordered);
 }
 
+// The scratch's list, with the room that CompressAbove() needs for a row of n.
+template <typename T>
+std::vector<T>& ListFor(size_t n, RowScratch<T>* scratch) {
+  const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
+  if (scratch->candidates.size() < room) scratch->candidates.resize(room);
+  return scratch->candidates;
+}
+
 // Copies the scores above `bound` to `out`, in order, followed by two vectors of −∞; returns how
 // many. `out` has room for n and three vectors.
 template <typename T>
@@ -206,9 +214,7 @@ RowResult SolveRow(const T* scores, size_t n, const RowMaxima<T>& maxima, const 
         (std::abs(max) + reach) * 2.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
     bound = static_cast<T>(max - reach - slack);
   }
-  std::vector<T>& list = scratch->candidates;
-  const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
-  if (list.size() < room) list.resize(room);
+  std::vector<T>& list = ListFor(n, scratch);
   const size_t count = CompressAbove(scores, n, bound, list.data());
   const Solution solution = SolveCurve<kKind>(list.data(), count, curve, max, lower);
   Level level = solution.level;
@@ -251,9 +257,7 @@ void SumClamped(const T* list, size_t n, double max, double level, double* sum, 
 template <typename T>
 RowResult SolveBudget(const T* scores, size_t n, T row_max, double budget, T* out,
                       RowScratch<T>* scratch) {
-  std::vector<T>& list = scratch->candidates;
-  const size_t room = n + 3 * size_t{HWY_MAX_BYTES} / sizeof(T);
-  if (list.size() < room) list.resize(room);
+  std::vector<T>& list = ListFor(n, scratch);
   const size_t count = CompressAbove(scores, n, -std::numeric_limits<T>::infinity(), list.data());
   const double max = static_cast<double>(row_max);
   double level = std::numeric_limits<double>::infinity();
