@@ -4,6 +4,7 @@
 #define FLASH_ENTMAX_FLASH_ENTMAX_H_
 
 #include "flash_entmax/attention.h"
+#include "flash_entmax/gpu.h"
 #include "flash_entmax/loss.h"
 #include "flash_entmax/machine.h"
 #include "flash_entmax/mapping.h"

@@ -16,6 +16,7 @@ enum class StatusCode {
   kUnimplemented,    // Valid, but the engine that was asked for cannot do it.
   kOutOfMemory,      // Memory ran out; nothing was written.
   kIo,               // A file could not be read or written.
+  kDevice,           // The GPU is missing, too old, or reported a failure.
 };
 
 // Success, or a failure with a one-line message that names the argument, its value and what is
@@ -36,6 +37,7 @@ class [[nodiscard]] Status {
     return {StatusCode::kOutOfMemory, std::move(message)};
   }
   static Status Io(std::string message) { return {StatusCode::kIo, std::move(message)}; }
+  static Status Device(std::string message) { return {StatusCode::kDevice, std::move(message)}; }
 
   bool ok() const { return code_ == StatusCode::kOk; }
   StatusCode code() const { return code_; }

@@ -1,5 +1,6 @@
 // Backward launch sequence. Compiled like forward_instance.cu.
 #include "launch_support.h"
+#include "long_columns_backward.cuh"
 #include "support_columns_backward.cuh"
 #include "support_rows_backward.cuh"
 #include "tile_columns_backward.cuh"
@@ -40,9 +41,10 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
   }
   return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
     constexpr AlphaMode kAlpha = decltype(alpha)::value;
-    const TileRowsParams<Element> tile_rows{shape,          query,          output_gradient,
-                                            query_gradient, saved.state,    saved.control,
-                                            scratch.delta,  plan.tiles_only};
+    const TileRowsParams<Element> tile_rows{shape,          query,           output_gradient,
+                                            query_gradient, saved.state,     saved.control,
+                                            scratch.delta,  plan.tiles_only, key,
+                                            value};
     const TileColumnsParams<Element> tile_columns{shape,
                                                   key,
                                                   value,
@@ -53,7 +55,9 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                                   scratch.tile_value_gradient,
                                                   scratch.tile_block_flag,
                                                   plan.padded_keys,
-                                                  plan.tiles_only};
+                                                  plan.tiles_only,
+                                                  query,
+                                                  output_gradient};
     if (!Launch(TileRowsBackwardKernel<Element, kHeadDim, kAlpha>, device.multiprocessors,
                 RowsTraits::kThreads, sizeof(TileRowsShared<kHeadDim>), stream, key_map, value_map,
                 tile_rows) ||
@@ -62,24 +66,26 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                 gradient_map, key_map, value_map, tile_columns)) {
       return FLASH_ENTMAX_CUDA_FAILURE;
     }
-    if (ExclusiveSum(scratch.scan, scratch.scan_bytes, saved.state.column_count,
-                     scratch.column_offset, columns, stream) != cudaSuccess) {
-      return FLASH_ENTMAX_CUDA_FAILURE;
-    }
-    const SupportRowsParams<Element> rows{shape,
-                                          key,
-                                          value,
-                                          output_gradient,
-                                          query_gradient,
-                                          saved.state,
-                                          scratch.column_offset,
-                                          scratch.column_entries,
-                                          plan.tiles_only};
-    const int64_t row_blocks = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries /
-                               (kSupportRowsThreads / kLanesPerRow);
-    if (!Launch(SupportRowsBackwardKernel<Element, kHeadDim, kAlpha>, row_blocks,
-                kSupportRowsThreads, 0, stream, rows)) {
-      return FLASH_ENTMAX_CUDA_FAILURE;
+    // Without lists there is no support to go over, only sums of the tile path to convert.
+    if (!plan.tiles_only) {
+      if (ExclusiveSum(scratch.scan, scratch.scan_bytes, saved.state.column_count,
+                       scratch.column_offset, columns, stream) != cudaSuccess) {
+        return FLASH_ENTMAX_CUDA_FAILURE;
+      }
+      const SupportRowsParams<Element> rows{shape,
+                                            key,
+                                            value,
+                                            output_gradient,
+                                            query_gradient,
+                                            saved.state,
+                                            scratch.column_offset,
+                                            scratch.column_entries};
+      const int64_t row_blocks = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries /
+                                 (kSupportRowsThreads / kLanesPerRow);
+      if (!Launch(SupportRowsBackwardKernel<Element, kHeadDim, kAlpha>, row_blocks,
+                  kSupportRowsThreads, 0, stream, rows)) {
+        return FLASH_ENTMAX_CUDA_FAILURE;
+      }
     }
     const SupportColumnsParams<Element> column_params{shape,
                                                       query,
@@ -90,19 +96,24 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                                       scratch.column_offset,
                                                       scratch.column_entries,
                                                       scratch.order,
-                                                      scratch.long_columns,
+                                                      scratch.long_tasks,
+                                                      scratch.long_sums,
                                                       saved.control,
                                                       scratch.tile_key_gradient,
                                                       scratch.tile_value_gradient,
                                                       scratch.tile_block_flag,
                                                       plan.padded_keys};
-    const bool launched =
-        Launch(SupportColumnsBackwardKernel<Element, kHeadDim>,
-               CeilDiv(columns, kSupportColumnsThreads / kLanesPerRow), kSupportColumnsThreads, 0,
-               stream, column_params) &&
-        Launch(LongColumnsBackwardKernel<Element, kHeadDim>, 3 * device.multiprocessors,
-               kLongColumnsThreads, 0, stream, column_params);
-    return launched ? FLASH_ENTMAX_OK : FLASH_ENTMAX_CUDA_FAILURE;
+    constexpr int kColumnsPerBlock = kSupportColumnsThreads / kWarpSize * kColumnsPerWarp;
+    if (!Launch(SupportColumnsBackwardKernel<Element, kHeadDim>, CeilDiv(columns, kColumnsPerBlock),
+                kSupportColumnsThreads, 0, stream, column_params)) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+    if (!plan.tiles_only &&
+        !Launch(LongColumnsBackwardKernel<Element, kHeadDim>, 3 * device.multiprocessors,
+                kLongColumnsThreads, 0, stream, column_params)) {
+      return FLASH_ENTMAX_CUDA_FAILURE;
+    }
+    return FLASH_ENTMAX_OK;
   });
 }
 

@@ -17,8 +17,9 @@
 
 namespace flash_entmax::cuda {
 
-constexpr int kMaximumSlots = 8;              // pairs of running group maxima of a row and thread
-constexpr float kLargestScreenScore = 16384;  // |screening score| stays below this
+constexpr int kMaximumSlots = 8;                // pairs of running group maxima of a row and thread
+constexpr float kLargestScreenScore = 16384;    // |screening score| stays below this
+constexpr unsigned short kLowestHalf = 0xfbff;  // the lowest finite number: nothing is known
 
 struct RowBounds {
   __half2 screen[2];  // keys at or below are not in the support; the same number twice
@@ -69,8 +70,8 @@ __device__ __forceinline__ void RecordMaxima(uint2* running, const uint32_t (&ma
   *running = m;
 }
 
-// Raises the bounds from `kCount` pairs a thread and row (value(row, i): two screening scores).
-template <AlphaMode kAlpha, int kCount, class Value>
+// Raises the bounds by Newton on the group maxima (value(row, slot): two screening scores).
+template <AlphaMode kAlpha, class Value>
 __device__ __forceinline__ void RaiseBounds(const AlphaRule<kAlpha>& rule, int steps,
                                             const float2& slack, RowBounds& bounds, Value value) {
   float threshold[2];
@@ -78,7 +79,7 @@ __device__ __forceinline__ void RaiseBounds(const AlphaRule<kAlpha>& rule, int s
   for (int row = 0; row < 2; ++row) {
     __half2 m = bounds.screen[row];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) m = __hmax2(m, value(row, i));
+    for (int i = 0; i < kMaximumSlots; ++i) m = __hmax2(m, value(row, i));
     const float largest = QuadMax(__half2float(__hmax(__low2half(m), __high2half(m))));
     threshold[row] = bounds.to_z[row] * fmaxf(largest - __fdividef(1.0f, bounds.to_z[row]),
                                               __low2float(bounds.screen[row]));
@@ -89,7 +90,7 @@ __device__ __forceinline__ void RaiseBounds(const AlphaRule<kAlpha>& rule, int s
     for (int row = 0; row < 2; ++row) {
       float mass = 0, slope = 0;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kMaximumSlots; ++i) {
         const float2 pair = __half22float2(value(row, i));
         rule.Add(__saturatef(fmaf(bounds.to_z[row], pair.x, -threshold[row])), &mass, &slope);
         rule.Add(__saturatef(fmaf(bounds.to_z[row], pair.y, -threshold[row])), &mass, &slope);
@@ -105,18 +106,27 @@ __device__ __forceinline__ void RaiseBounds(const AlphaRule<kAlpha>& rule, int s
   }
 }
 
-// How many of a warp's group maxima are above their bounds.
+// How many groups of a warp's rows have seen a key, and how many maxima of those are above the
+// bounds.
+struct GroupCounts {
+  unsigned seen, above;
+};
+
 template <class Value>
-__device__ __forceinline__ int GroupsAbove(const RowBounds& bounds, Value value) {
-  uint32_t pairs = 0;
+__device__ __forceinline__ GroupCounts CountGroups(const RowBounds& bounds, Value value) {
+  const __half2 lowest = __half2half2(__ushort_as_half(kLowestHalf));
+  uint32_t seen = 0, above = 0;  // two counts of 16 bits
 #pragma unroll
   for (int slot = 0; slot < kMaximumSlots; ++slot) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      pairs += __hgt2_mask(value(row, slot), bounds.screen[row]) & 0x00010001u;
+      const __half2 maximum = value(row, slot);
+      seen += __hgt2_mask(maximum, lowest) & 0x00010001u;
+      above += __hgt2_mask(maximum, bounds.screen[row]) & 0x00010001u;
     }
   }
-  return __reduce_add_sync(kFullWarp, (pairs & 0xffff) + (pairs >> 16));
+  return {__reduce_add_sync(kFullWarp, (seen & 0xffff) + (seen >> 16)),
+          __reduce_add_sync(kFullWarp, (above & 0xffff) + (above >> 16))};
 }
 
 }  // namespace flash_entmax::cuda

@@ -1,3 +1,4 @@
+#include <initializer_list>
 #include <type_traits>
 
 #include "c_interface.h"
@@ -22,9 +23,40 @@ int ForElementAndHeadDim(const FlashEntmaxProblem& problem, Body body) {
   return problem.element == 0 ? for_head_dim(__nv_bfloat16()) : for_head_dim(__half());
 }
 
-bool Aligned(const FlashEntmaxTensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.stride[0] % 8 == 0 &&
-         tensor.stride[1] % 8 == 0 && tensor.stride[2] % 8 == 0;
+// Returns an error code. Strides of dimensions of size 1 are never used.
+int CheckTensor(const FlashEntmaxTensor& tensor, int batch, int heads, int rows) {
+  constexpr int64_t kElementBytes = 2;
+  constexpr int64_t kLargestStride = (int64_t{1} << 40) / kElementBytes;
+  constexpr int64_t kLargestRowStride = (int64_t{1} << 32) / kElementBytes;
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) return FLASH_ENTMAX_BAD_ALIGNMENT;
+  const int sizes[3] = {batch, heads, rows};
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 1) continue;
+    if (tensor.stride[i] <= 0 ||
+        tensor.stride[i] >= (i == 2 ? kLargestRowStride : kLargestStride)) {
+      return FLASH_ENTMAX_BAD_STRIDE;
+    }
+    if (tensor.stride[i] % 8 != 0) return FLASH_ENTMAX_BAD_ALIGNMENT;
+  }
+  return FLASH_ENTMAX_OK;
+}
+
+int CheckQueries(const FlashEntmaxProblem& problem,
+                 std::initializer_list<const FlashEntmaxTensor*> tensors) {
+  for (const FlashEntmaxTensor* tensor : tensors) {
+    const int error = CheckTensor(*tensor, problem.batch, problem.heads, problem.queries);
+    if (error != FLASH_ENTMAX_OK) return error;
+  }
+  return FLASH_ENTMAX_OK;
+}
+
+int CheckKeys(const FlashEntmaxProblem& problem,
+              std::initializer_list<const FlashEntmaxTensor*> tensors) {
+  for (const FlashEntmaxTensor* tensor : tensors) {
+    const int error = CheckTensor(*tensor, problem.batch, problem.kv_heads, problem.keys);
+    if (error != FLASH_ENTMAX_OK) return error;
+  }
+  return FLASH_ENTMAX_OK;
 }
 
 int FindDevice(DeviceLimits* device) {
@@ -85,10 +117,10 @@ int flash_entmax_cuda_forward(const FlashEntmaxProblem* problem,
   fe::DeviceLimits device;
   if (const int error = fe::MakePlan(*problem, &plan)) return error;
   if (const int error = fe::FindDevice(&device)) return error;
-  if (!fe::Aligned(tensors->query) || !fe::Aligned(tensors->key) || !fe::Aligned(tensors->value) ||
-      !fe::Aligned(tensors->output)) {
-    return FLASH_ENTMAX_BAD_ALIGNMENT;
+  if (const int error = fe::CheckQueries(*problem, {&tensors->query, &tensors->output})) {
+    return error;
   }
+  if (const int error = fe::CheckKeys(*problem, {&tensors->key, &tensors->value})) return error;
   const fe::SavedBuffers buffers = plan.Saved(saved);
   size_t bytes = 0;
   const fe::ForwardScratch scratch = plan.Forward(workspace, &bytes);
@@ -111,10 +143,14 @@ int flash_entmax_cuda_backward(const FlashEntmaxProblem* problem,
   fe::DeviceLimits device;
   if (const int error = fe::MakePlan(*problem, &plan)) return error;
   if (const int error = fe::FindDevice(&device)) return error;
-  if (!fe::Aligned(tensors->query) || !fe::Aligned(tensors->key) || !fe::Aligned(tensors->value) ||
-      !fe::Aligned(tensors->output_gradient) || !fe::Aligned(tensors->query_gradient) ||
-      !fe::Aligned(tensors->key_gradient) || !fe::Aligned(tensors->value_gradient)) {
-    return FLASH_ENTMAX_BAD_ALIGNMENT;
+  if (const int error = fe::CheckQueries(
+          *problem, {&tensors->query, &tensors->output_gradient, &tensors->query_gradient})) {
+    return error;
+  }
+  if (const int error = fe::CheckKeys(
+          *problem,
+          {&tensors->key, &tensors->value, &tensors->key_gradient, &tensors->value_gradient})) {
+    return error;
   }
   const fe::SavedBuffers buffers = plan.Saved(saved);
   size_t bytes = 0;
@@ -151,6 +187,10 @@ const char* flash_entmax_cuda_error_text(int code) {
       return "a device of compute capability 9.0 is needed";
     case FLASH_ENTMAX_CUDA_FAILURE:
       return "a CUDA call failed";
+    case FLASH_ENTMAX_TOO_LARGE:
+      return "batch * heads * queries and batch * kv_heads * keys must stay below 2^31";
+    case FLASH_ENTMAX_BAD_STRIDE:
+      return "strides must be positive, of rows below 4 GiB, of heads and batches below 1 TiB";
     default:
       return "unknown error code";
   }

@@ -23,7 +23,9 @@ enum {
   FLASH_ENTMAX_BAD_ALIGNMENT = 6,   /* pointers: 16 bytes; strides: multiples of 8 elements */
   FLASH_ENTMAX_SMALL_WORKSPACE = 7, /* a buffer is smaller than the plan says */
   FLASH_ENTMAX_BAD_DEVICE = 8,      /* compute capability 9.0 is needed */
-  FLASH_ENTMAX_CUDA_FAILURE = 9     /* a launch or the tensor-map encoder failed */
+  FLASH_ENTMAX_CUDA_FAILURE = 9,    /* a launch or the tensor-map encoder failed */
+  FLASH_ENTMAX_TOO_LARGE = 10,      /* batch * heads * rows, padded, does not fit 31 bits */
+  FLASH_ENTMAX_BAD_STRIDE = 11      /* must be positive; rows below 4 GiB, others below 1 TiB */
 };
 
 enum { FLASH_ENTMAX_PATH_AUTO = 0, FLASH_ENTMAX_PATH_TILES = 1, FLASH_ENTMAX_PATH_LISTS = 2 };
@@ -38,9 +40,9 @@ typedef struct {
   int32_t element, batch, heads, kv_heads, queries, keys, head_dim, causal;
   float alpha, scale;
   int32_t path;
-  int32_t sample_stride; /* screening: every n-th key tile is sampled first; 0 = none, -1 = auto */
+  int32_t sample_stride;     /* ignored: deferred keys take the place of the sample */
   int32_t save_for_backward; /* 0: forward only, no support is kept */
-  int32_t reserved;
+  int32_t deferred_keys;     /* screening: newest keys whose hits are taken last; <= 0: automatic */
   int64_t
       support_capacity; /* entries of the support pool; rows that do not fit take the tile path */
 } FlashEntmaxProblem;

@@ -1,27 +1,31 @@
 // From candidate lists to outputs: fp32 scores, exact threshold, P.V, support.
 //
-// A warp finishes four rows, eight lanes a row; a CTA of four warps finishes a strip of 16 rows,
-// whose rows r and r + 8 share the lists of four screening threads.
-//   1. candidates whose group maximum is above the final bound are unpacked to keys;
-//   2. whenever kPending of them wait, and at the end, their scores are computed in fp32 from the
-//      inputs, and those above the bound are kept (so the support is that of fp32 scores);
-//   3. Newton from the left to the threshold, survivors kept in order;
-//   4. output = sum p V over the survivors;
+// A warp finishes eight rows, four lanes a row: the rows of one half of a strip, whose 32 lists it
+// reads one a lane. Everything stays in the lanes' own columns of shared memory until the support
+// is known, so that nothing has to be counted or exchanged before:
+//   1. entries whose maximum is above the final bound of screening are unpacked to keys, at most
+//      kDepth a lane;
+//   2. the keys are scored in fp32 from the inputs (candidate_scores.cuh), so that the support is
+//      that of fp32 scores;
+//   3. Newton from the left to the threshold, from the bound that screening proved;
+//   4. survivors are moved together, in order;
 //   5. if asked, the support goes to the pool, with each entry's place among those of its key
-//      (for the backward's transposition).
-// Lists are read from their ends, where the bounds were tightest, and the bound is raised to the
-// threshold of the keys seen so far whenever some have been scored: most of what the weaker bounds
-// of the beginning let through is dropped unscored. A row whose support is larger than kMaxSupport,
-// or one the pool has no room for, sends its unit to the tile path. Traffic: 16 bytes an entry, one
-// key row a candidate, one value row a support entry (both mostly from L2), 12 bytes written a
-// support entry.
+//      (for the backward's transposition);
+//   6. output = sum p V over the survivors.
+// If a lane finds more than kDepth keys, the warp starts again with four rows at a time and twice
+// the depth, then two and one. A row too large even for that, one whose support is larger than
+// kMaxSupport, or one the pool has no room for sends its unit to the tile path.
+// Traffic: 8 bytes an entry, one key row a candidate, one value row a support entry (both mostly
+// from L2), 12 bytes written a support entry.
 #ifndef FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
 #define FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
+
+#include <cutlass/fast_math.h>
 
 #include <cfloat>
 
 #include "candidate_list.cuh"
-#include "gather.cuh"
+#include "candidate_scores.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -30,6 +34,8 @@ struct FinishParams {
   Shape shape;
   Tensor<const Element> query, key, value;
   Tensor<Element> output;
+  uint32_t query_row_bytes, key_row_bytes, value_row_bytes;
+  cutlass::FastDivmod heads, group, head_groups;  // shape's, and groups of eight rows of a head
   const CandidateEntry* lists;
   const int* list_count;
   const RowBound* bound;
@@ -39,224 +45,348 @@ struct FinishParams {
   bool save_support;
 };
 
-constexpr int kFinishThreads = 128;
-constexpr int kPending = 64;     // candidates of a row that wait for their scores
-constexpr int kFlushAbove = 32;  // scored when more than this many wait; a pass adds at most 32
-constexpr int kKept = kMaxSupport + kPending;
+constexpr int kFinishThreads = 256;
+constexpr int kFinishWarps = kFinishThreads / kWarpSize;
+constexpr int kFinishBlockRows = kFinishWarps * kQueriesPerWarp;
+
+// The slots of the rows that a warp has in work: slot 4 p + q of a row is the p-th of its lane q.
+// The padding puts the slots of eight rows into different banks.
+struct alignas(16) FinishSlots {
+  static constexpr int kDepth = 24;  // slots of a lane with eight rows in work; even
+  static constexpr int kPadding = 4;
+  static constexpr int kSlots = kQueriesPerWarp * (kDepth * kLanesPerQuery + kPadding);
+
+  int key[kSlots];
+  float value[kSlots];  // z, then z - tau, then p
+
+  // With fewer rows in work, a lane has more.
+  static __device__ __forceinline__ int Depth(int rows) {
+    return kDepth * kQueriesPerWarp >> (31 - __clz(rows));
+  }
+  static __device__ __forceinline__ int RowSlots(int rows) {
+    return Depth(rows) * kLanesPerQuery + kPadding;
+  }
+};
+
+struct FinishShared {
+  FinishSlots slots[kFinishWarps];
+};
+
+// Where a head lies in the tensors.
+struct HeadPlace {
+  int batch, head, key_head;
+
+  template <class Element>
+  __device__ __forceinline__ HeadPlace(const FinishParams<Element>& params, int index) {
+    int rest;
+    params.heads(batch, head, index);
+    params.group(key_head, rest, head);
+  }
+};
+
+// Unpacks a lane's list from its end, where the bounds were tightest. Returns the number of keys
+// above the bound, of which the first `depth` are stored in the lane's column.
+__device__ __forceinline__ int UnpackList(const CandidateEntry* list, int entries, __half screen,
+                                          int quarter, int depth, SharedAddress column) {
+  constexpr int kBatch = 4;
+  const uint2* source = reinterpret_cast<const uint2*>(list) + (entries - 1) * kWarpSize;
+  uint2 next[kBatch];
+  int left = entries;
+  const auto load = [&] {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      next[i] = make_uint2(0, 0);
+      if (left > i) next[i] = __ldg(source - i * kWarpSize);
+    }
+    left -= kBatch;
+    source -= kBatch * kWarpSize;
+  };
+  const int longest = __reduce_max_sync(kFullWarp, entries);
+  const SharedAddress end = column + depth * kLanesPerQuery;
+  SharedAddress place = column;
+  load();
+#pragma unroll 1
+  for (int first = 0; first < longest; first += kBatch) {
+    uint2 entry[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) entry[i] = next[i];
+    load();
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      uint32_t bits = __hgt(EntryMaximum(entry[i].y), screen) ? entry[i].x : 0;
+      const int first_key = static_cast<int>(entry[i].y >> 16) * kStepKeys + 2 * quarter;
+      while (bits != 0) {
+        const int bit = 31 - __clz(bits);
+        bits ^= 1u << bit;
+        // first_key + 8 * (bit & 15) + (bit >> 4)
+        const int odd = bit >> 4;
+        if (place < end) place.Set(first_key + 8 * bit - 127 * odd);
+        place = place + kLanesPerQuery;
+      }
+    }
+  }
+  return place.WordsFrom(column) / kLanesPerQuery;
+}
 
 template <class Element, int kHeadDim, AlphaMode kAlpha>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 3 : 2)
     FinishForwardKernel(const __grid_constant__ FinishParams<Element> params) {
-  constexpr int kWarps = kFinishThreads / kWarpSize;
-  constexpr int kPart = kHeadDim / kLanesPerRow;
-  __shared__ int shared_pending[kWarps][kRowsPerWarp][kPending + kListPadding];
-  __shared__ int shared_key[kWarps][kRowsPerWarp][kKept + kListPadding];
-  __shared__ float shared_value[kWarps][kRowsPerWarp][kKept + kListPadding];
+  constexpr int kPieces = PieceRows<kHeadDim>::kPieces;
+  constexpr int kAtOnce = kHeadDim <= 64 ? 4 : 2;  // rows a lane loads at a time
+  extern __shared__ __align__(1024) char shared_bytes[];
+  auto& shared = *reinterpret_cast<FinishShared*>(shared_bytes);
 
   const Shape& shape = params.shape;
   const AlphaRule<kAlpha> rule(shape.alpha);
-  const int warp = threadIdx.x / kWarpSize, warp_lane = threadIdx.x % kWarpSize;
-  const int part = warp_lane / kLanesPerRow, lane = warp_lane % kLanesPerRow;
-  const int strips = shape.padded_queries / kStripRows;
-  const int head = params.first_head + blockIdx.x / strips;
-  const int first_row = blockIdx.x % strips * kStripRows;
-  if (first_row >= shape.queries) return;
-  const int half = warp & 1;  // row or row + 8 of a screening thread
-  const int pair = warp / 2 * kRowsPerWarp + part;
-  const int row = first_row + pair + 8 * half;
-  const size_t padded_row = static_cast<size_t>(head) * shape.padded_queries + row;
-  const int unit = head * shape.Units() + row / Shape::kUnitRows;
-  if (params.saved.unit_flag[unit] == kFlaggedByScreening) {
-    if (lane == 0) params.saved.support_count[padded_row] = 0;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int index = lane / kLanesPerQuery, quarter = lane % kLanesPerQuery;  // row, lane of the row
+  const int group = static_cast<int>(blockIdx.x) * kFinishWarps + warp;
+  int head, row;
+  params.head_groups(head, row, group);
+  head += params.first_head;
+  row = row * kQueriesPerWarp + index;
+  if (row - index >= shape.queries) return;
+  const bool valid = row < shape.queries;
+  if (params.saved.unit_flag[head * shape.Units() + row / Shape::kUnitRows] ==
+      kFlaggedByScreening) {
+    if (quarter == 0) {
+      params.saved.support_count[static_cast<int64_t>(head) * shape.padded_queries + row] = 0;
+    }
     return;
   }
-  int* const key = shared_key[warp][part];
-  float* const value = shared_value[warp][part];
-  const unsigned lower_lanes = (1u << lane) - 1;
-  const auto row_ballot = [&](bool predicate) {
-    return __ballot_sync(kFullWarp, predicate) >> (part * kLanesPerRow) & 0xff;
-  };
+  const unsigned lower_lanes = (1u << quarter) - 1;
 
-  const int batch = head / shape.heads, query_head = head % shape.heads;
-  const int kv_head = query_head / shape.group;
-  const bool valid = row < shape.queries;
-  const RowBound bound = params.bound[padded_row];
-  float query[kPart];
-  LoadVector<Element, kPart>(params.query.Row(batch, query_head, valid ? row : 0) + lane * kPart,
-                             query);
-  const RowBase keys = RowBase::Of(params.key, batch, kv_head, lane, kPart);
-
-  int* const pending = shared_pending[warp][part];
-  int pending_count = 0, count = 0;
-  float maximum = -FLT_MAX, threshold = bound.threshold;
-  // Loads past the end of an empty list read row 0.
-  if (lane == 0) pending[0] = key[0] = 0;
-  __syncwarp();
-
-  // 3. Newton from the left on the keys kept so far.
-  const auto solve = [&](int steps) {
-    threshold = fmaxf(threshold, RowMax(maximum) - 1.0f);
+  const SharedAddress warp_slots(shared.slots[warp].key);
+  int rows = kQueriesPerWarp;  // in work at a time
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      float mass = 0, slope = 0;
-#pragma unroll 2
-      for (int i = lane; i < count; i += kLanesPerRow) {
-        rule.Add(__saturatef(value[i] - threshold), &mass, &slope);
-      }
-      const float delta = rule.Step(RowSum(mass), RowSum(slope));
-      const bool moves = delta > 1.2e-7f * fmaxf(1.0f, fabsf(threshold));
-      if (moves) threshold += delta;
-      if (!__any_sync(kFullWarp, moves)) break;
-    }
-  };
-  // Drops the keys at or below the threshold, in place and in order; values become value - offset.
-  const auto compact = [&](float offset) {
-    const int longest = __reduce_max_sync(kFullWarp, count);
-    int kept_count = 0;
-#pragma unroll 1
-    for (int first = 0; first < longest; first += kLanesPerRow) {
-      const int i = first + lane;
-      const int candidate = i < count ? key[i] : 0;
-      const float z = i < count ? value[i] : -FLT_MAX;
-      const bool keep = z > threshold;
-      const unsigned kept = row_ballot(keep);
-      __syncwarp();
-      if (keep) {
-        const int place = kept_count + __popc(kept & lower_lanes);
-        key[place] = candidate;
-        value[place] = z - offset;
-      }
-      kept_count += __popc(kept);
-    }
-    count = kept_count;
+  for (int first = 0; first < kQueriesPerWarp;) {
+    const bool active = index >= first && index < first + rows;
+    const int depth = FinishSlots::Depth(rows);
+    const SharedAddress keys = warp_slots + (index & (rows - 1)) * FinishSlots::RowSlots(rows);
+    const SharedAddress scores = keys + FinishSlots::kSlots;
+    // What depends on the head is computed again wherever it is needed: it is not worth registers.
+    const auto hidden_head = [&] {
+      int same = head;
+      asm volatile("" : "+r"(same));
+      return same;
+    };
+    const int padded_head = hidden_head();
+    const int64_t padded_row = static_cast<int64_t>(padded_head) * shape.padded_queries + row;
+    const auto flag_unit = [&] {
+      FlagUnit(params.saved, params.control, padded_head * shape.Units() + row / Shape::kUnitRows,
+               kFlaggedByFinish);
+    };
+    // The whole unit goes to the tile path.
+    const auto give_up = [&] {
+      if (lane == 0) flag_unit();
+      if (quarter == 0 && index >= first) params.saved.support_count[padded_row] = 0;
+    };
+    const RowBound bound = params.bound[padded_row];
+    const __half screen = __float2half_rd(bound.screen);  // exact: it was a half
+
+    // 1. Keys.
     __syncwarp();
-  };
-  // 1. and 2. One place in the code scores, solves and compacts: the instruction cache is small.
-  // The last turn unpacks nothing.
-  const int quarter = lane % 4;
-  const size_t strip = blockIdx.x;
-  const int list_lane = pair * 4 + quarter;
-  const int entries = params.list_count[strip * kWarpSize + list_lane];
-  const CandidateEntry* const list = params.lists + strip * kStripListEntries + list_lane;
-  const int rounds = (__reduce_max_sync(kFullWarp, entries) + 1) / 2;
-  const auto load_entry = [&](int round) {
-    const int index = entries - 1 - (round * 2 + lane / 4);
-    return index >= 0 ? __ldg(reinterpret_cast<const uint4*>(list + index * kWarpSize))
-                      : make_uint4(0, 0, 0, 0);
-  };
-  uint4 next = load_entry(0);
-#pragma unroll 1
-  for (int round = 0; round <= rounds; ++round) {
-    const uint4 entry = next;
-    next = load_entry(round + 1);
-    const bool last = round == rounds;
-    const float2 largest = __half22float2(AsHalf2(entry.z));
-    const float score = half ? largest.y : largest.x;
-    const bool live = score > bound.screen && fmaf(score, bound.to_z, bound.slack) > threshold;
-    uint32_t bits = live && !last ? (half ? entry.y : entry.x) : 0;
-    const int first_key = static_cast<int>(entry.w) * kStepKeys + 2 * quarter;
-    // Each lane unpacks up to four keys a pass.
-    while (last || __any_sync(kFullWarp, bits != 0)) {
-      const int own = min(__popc(bits), 4);
-      int inclusive = own;
-#pragma unroll
-      for (int offset = 1; offset < kLanesPerRow; offset *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, inclusive, offset, kLanesPerRow);
-        if (lane >= offset) inclusive += other;
-      }
-      int* place = pending + pending_count + inclusive - own;
-#pragma unroll 1
-      for (int j = 0; j < own; ++j) {
-        const int bit = __ffs(bits) - 1;
-        bits &= bits - 1;
-        *place++ = first_key + 8 * (bit & 15) + (bit >> 4);
-      }
-      pending_count += __shfl_sync(kFullWarp, inclusive, kLanesPerRow - 1, kLanesPerRow);
-      if (!last && !__any_sync(kFullWarp, pending_count > kFlushAbove)) continue;
-
-      __syncwarp();
-      const int longest = __reduce_max_sync(kFullWarp, pending_count);
-#pragma unroll 1
-      for (int first = 0; first < longest; first += kLanesPerRow) {
-        const float z = shape.coefficient * GatherDots<Element, kHeadDim>(
-                                                keys, pending, first, pending_count, query, lane);
-        const bool keep = first + lane < pending_count && z > threshold;
-        const unsigned kept = row_ballot(keep);
-        if (keep) {
-          const int at = count + __popc(kept & lower_lanes);
-          key[at] = pending[first + lane];
-          value[at] = z;
-          maximum = fmaxf(maximum, z);
-        }
-        count += __popc(kept);
-      }
-      pending_count = 0;
-      __syncwarp();
-      solve(last ? 32 : 2);
-      if (last || __any_sync(kFullWarp, count > kMaxSupport)) {
-        compact(last ? threshold : 0.0f);
-        if (__any_sync(kFullWarp, count > kMaxSupport)) {
-          // The whole unit goes to the tile path.
-          if (warp_lane == 0) FlagUnit(params.saved, params.control, unit, kFlaggedByFinish);
-          if (lane == 0) params.saved.support_count[padded_row] = 0;
+    int found, longest;
+    {
+      const int entries = active ? params.list_count[group * kWarpSize + lane] : 0;
+      found = UnpackList(params.lists + static_cast<int64_t>(group) * kHalfListEntries + lane,
+                         entries, screen, quarter, depth, keys + quarter);
+      longest = __reduce_max_sync(kFullWarp, found);
+      if (longest > depth) {
+        // Happens only with all rows in work: fewer rows have no longer lists than all of them.
+        if (longest > FinishSlots::Depth(1)) {
+          give_up();
           return;
         }
+        while (longest > FinishSlots::Depth(rows)) rows /= 2;
+        continue;
       }
-      if (last) break;
     }
-  }
-  const int support = count;
+    __syncwarp();
 
-  // 5. Support (before p replaces the excess).
-  const bool empty = shape.VisibleKeys(row) == 0;
-  if (params.save_support) {
-    int before = 0, total = 0;
+    // 2. Scores of the p-th keys of a row's four lanes. For a product, lane 8 c + 4 b + q works for
+    // row 4 s + c of the warp, and its keys are those of the row's lanes 2 b and 2 b + 1.
+    {
+      const HeadPlace place(params, hidden_head());
+      const auto rows_of_keys = PieceRows<kHeadDim>::Of(params.key, place.batch, place.key_head,
+                                                        quarter, params.key_row_bytes);
+      const int pair = 2 * (index & 1);
+      QueryOperand<kPieces> query[2];
+      SharedAddress slot[2] = {keys, keys};
+      int found_by[2][2];
+      int stores[2];
 #pragma unroll
-    for (int i = 0; i < kRowsPerWarp; ++i) {
-      const int other = __shfl_sync(kFullWarp, support, i * kLanesPerRow);
-      if (i < part) before += other;
-      total += other;
-    }
-    unsigned long long offset = 0;
-    if (warp_lane == 0 && total > 0) {
-      offset = atomicAdd(&params.control->support_used, static_cast<unsigned long long>(total));
-    }
-    offset = __shfl_sync(kFullWarp, offset, 0) + before;
-    const bool fits = offset + support <= params.saved.support_capacity;
-    if (fits) {
-      int* const column_count = params.saved.column_count +
-                                static_cast<size_t>(batch * shape.kv_heads + kv_head) * shape.keys;
-      for (int i = lane; i < support; i += kLanesPerRow) {
-        params.saved.support_key[offset + i] = key[i];
-        params.saved.support_excess[offset + i] = value[i];
-        params.saved.support_slot[offset + i] = atomicAdd(&column_count[key[i]], 1);
+      for (int s = 0; s < 2; ++s) {
+        uint4 piece[kPieces];
+        const int query_row = row - index + 4 * s + index % 4;
+        PieceRows<kHeadDim>::Of(params.query, place.batch, place.head, quarter,
+                                params.query_row_bytes)
+            .Load(min(query_row, shape.queries - 1), piece);
+        query[s].Set(piece, lane);
+        const int scored = 4 * s + lane / 8;
+        slot[s] = warp_slots + (scored & (rows - 1)) * FinishSlots::RowSlots(rows) + pair;
+        slot[s].Keep();
+        stores[s] = scored >= first && scored < first + rows && quarter == lane / 16;
+        asm volatile("" : "+r"(stores[s]));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          found_by[s][i] = __shfl_sync(kFullWarp, found, scored * kLanesPerQuery + pair + i);
+        }
       }
-    } else if (lane == 0) {
-      FlagUnit(params.saved, params.control, unit, kFlaggedByFinish);
+      constexpr int kSetsAtOnce = kHeadDim <= 64 ? 2 : 1;
+      uint4 piece[kSetsAtOnce][2][kPieces] = {};  // what a missing key leaves behind is not used
+#pragma unroll 1
+      for (int p = 0; p < longest; ++p) {
+#pragma unroll
+        for (int first_set = 0; first_set < 2; first_set += kSetsAtOnce) {
+#pragma unroll
+          for (int t = 0; t < kSetsAtOnce; ++t) {
+            const int s = first_set + t;
+            const int2 key = slot[s].TwoInts();
+            if (p < found_by[s][0]) rows_of_keys.Load(key.x, piece[t][0]);
+            if (p < found_by[s][1]) rows_of_keys.Load(key.y, piece[t][1]);
+          }
+#pragma unroll
+          for (int t = 0; t < kSetsAtOnce; ++t) {
+            const int s = first_set + t;
+            const float z0 = shape.coefficient * Score<Element>(piece[t][0], query[s], lane);
+            const float z1 = shape.coefficient * Score<Element>(piece[t][1], query[s], lane);
+            if (stores[s]) (slot[s] + FinishSlots::kSlots).SetTwo(z0, z1);
+            slot[s] = slot[s] + kLanesPerQuery;
+          }
+        }
+      }
     }
-    if (lane == 0) {
-      params.saved.support_offset[padded_row] = static_cast<int64_t>(offset);
-      params.saved.support_count[padded_row] = fits ? support : 0;
-    }
-  } else if (lane == 0) {
-    params.saved.support_count[padded_row] = support;
-  }
-  if (lane == 0) params.saved.threshold[padded_row] = valid && !empty ? threshold : INFINITY;
+    __syncwarp();
 
-  // 4. Output.
-  __syncwarp();
-  for (int i = lane; i < support; i += kLanesPerRow) {
-    float p, u;
-    rule.Weights(value[i], &p, &u);
-    value[i] = p;
-  }
-  __syncwarp();
-  float sum[kPart] = {};
-  GatherAccumulate<Element, kHeadDim>(RowBase::Of(params.value, batch, kv_head, lane, kPart), key,
-                                      value, support, sum);
-  if (valid) {
-    StoreVector<Element, kPart>(sum, 1.0f,
-                                params.output.Row(batch, query_head, row) + lane * kPart);
+    // 3. Threshold. The number of scores is made even.
+    float threshold;
+    {
+      const SharedAddress own = scores + quarter;
+      if (found & 1) (own + kLanesPerQuery * found).Set(-FLT_MAX);
+      float maximum = -FLT_MAX;
+#pragma unroll 1
+      for (int p = 0; p < found; p += 2) {
+        const SharedAddress z = own + kLanesPerQuery * p;
+        maximum = fmaxf(maximum, fmaxf(z.Float(), (z + kLanesPerQuery).Float()));
+      }
+      threshold = fmaxf(bound.threshold, QuadMax(maximum) - 1.0f);
+#pragma unroll 1
+      for (int step = 0; step < 32; ++step) {
+        float mass = 0, slope = 0;
+#pragma unroll 1
+        for (int p = 0; p < found; p += 2) {
+          const SharedAddress z = own + kLanesPerQuery * p;
+          const float z0 = z.Float(), z1 = (z + kLanesPerQuery).Float();
+          rule.Add(__saturatef(z0 - threshold), &mass, &slope);
+          rule.Add(__saturatef(z1 - threshold), &mass, &slope);
+        }
+        const float delta = rule.Step(QuadSum(mass), QuadSum(slope));
+        const bool moves = delta > 1.2e-7f * fmaxf(1.0f, fabsf(threshold));
+        if (moves) threshold += delta;
+        if (!__any_sync(kFullWarp, moves)) break;
+      }
+    }
+
+    // 4. Survivors. A slot is written only after it has been read: no more than 4 p + q survive
+    // before it.
+    int support = 0;
+#pragma unroll 1
+    for (int p = 0; p < longest; ++p) {
+      const int slot = kLanesPerQuery * p + quarter;
+      const int key = (keys + slot).Int();
+      const float z = p < found ? (scores + slot).Float() : -FLT_MAX;
+      const bool keep = z > threshold;
+      const unsigned kept =
+          __ballot_sync(kFullWarp, keep) >> (index * kLanesPerQuery) & ((1u << kLanesPerQuery) - 1);
+      __syncwarp();
+      if (keep) {
+        const int place = support + __popc(kept & lower_lanes);
+        (keys + place).Set(key);
+        (scores + place).Set(z - threshold);
+      }
+      support += __popc(kept);
+    }
+    __syncwarp();
+    if (__any_sync(kFullWarp, support > kMaxSupport)) {
+      give_up();
+      return;
+    }
+
+    // 5. Support.
+    if (params.save_support) {
+      int inclusive = support;
+#pragma unroll
+      for (int offset = kLanesPerQuery; offset < kWarpSize; offset *= 2) {
+        const int other = __shfl_up_sync(kFullWarp, inclusive, offset);
+        if (lane >= offset) inclusive += other;
+      }
+      const int total = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
+      unsigned long long base = 0;
+      if (lane == 0 && total > 0) {
+        base = atomicAdd(&params.control->support_used, static_cast<unsigned long long>(total));
+      }
+      const int64_t offset =
+          static_cast<int64_t>(__shfl_sync(kFullWarp, base, 0)) + inclusive - support;
+      const bool fits = offset + support <= params.saved.support_capacity;
+      if (fits) {
+        const HeadPlace place(params, hidden_head());
+        int* const column_count =
+            params.saved.column_count +
+            (static_cast<int64_t>(place.batch) * shape.kv_heads + place.key_head) * shape.keys;
+        for (int i = quarter; i < support; i += kLanesPerQuery) {
+          const int key = (keys + i).Int();
+          params.saved.support_key[offset + i] = key;
+          params.saved.support_excess[offset + i] = (scores + i).Float();
+          params.saved.support_slot[offset + i] = atomicAdd(&column_count[key], 1);
+        }
+      } else if (quarter == 0) {
+        flag_unit();
+      }
+      if (active && quarter == 0) {
+        params.saved.support_offset[padded_row] = offset;
+        params.saved.support_count[padded_row] = fits ? support : 0;
+      }
+    } else if (active && quarter == 0) {
+      params.saved.support_count[padded_row] = support;
+    }
+    if (active && quarter == 0) {
+      params.saved.threshold[padded_row] = shape.VisibleKeys(row) > 0 ? threshold : INFINITY;
+    }
+
+    // 6. Output, four survivors at a time.
+    for (int i = quarter; i < support; i += kLanesPerQuery) {
+      float p, u;
+      rule.Weights((scores + i).Float(), &p, &u);
+      (scores + i).Set(p);
+    }
+    __syncwarp();
+    const HeadPlace place(params, hidden_head());
+    const auto rows_of_values = PieceRows<kHeadDim>::Of(params.value, place.batch, place.key_head,
+                                                        quarter, params.value_row_bytes);
+    float sum[8 * kPieces] = {};
+    uint4 piece[kAtOnce][kPieces] = {};
+#pragma unroll 1
+    for (int i = 0; i < support; i += 4) {
+      const int4 four = (keys + i).FourInts(), weights = (scores + i).FourInts();
+      const int key[4] = {four.x, four.y, four.z, four.w};
+      const int weight[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+      for (int j = 0; j < 4; j += kAtOnce) {
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          if (i + j + k < support) rows_of_values.Load(key[j + k], piece[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          if (i + j + k < support) AddPieces<Element>(__int_as_float(weight[j + k]), piece[k], sum);
+        }
+      }
+    }
+    if (active && valid) {
+      StorePieces<Element>(sum, params.output.Row(place.batch, place.head, row) + 8 * quarter);
+    }
+    first += rows;
   }
 }
 

@@ -40,9 +40,12 @@ int LaunchForward(const Plan& plan, const DeviceLimits& device,
   return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
     constexpr AlphaMode kAlpha = decltype(alpha)::value;
     if (!plan.tiles_only) {
-      PrepareKeysKernel<Element, kHeadDim>
-          <<<dim3(static_cast<unsigned>(CeilDiv(shape.keys, kPrepareKeysRows)), shape.KeyHeads()),
-             kPrepareKeysThreads, 0, stream>>>(shape, key, saved.key_norm, scratch.half_keys);
+      const int key_blocks = static_cast<int>(CeilDiv(shape.keys, kPrepareKeysRows));
+      if (!Launch(PrepareKeysKernel<Element, kHeadDim>,
+                  static_cast<int64_t>(key_blocks) * shape.KeyHeads(), kPrepareKeysThreads, 0,
+                  stream, shape, key, key_blocks, saved.key_norms, scratch.half_keys)) {
+        return FLASH_ENTMAX_CUDA_FAILURE;
+      }
       for (int first = 0; first < shape.BatchHeads(); first += plan.heads_per_launch) {
         const int heads = std::min(plan.heads_per_launch, shape.BatchHeads() - first);
         if (first > 0 &&
@@ -51,7 +54,7 @@ int LaunchForward(const Plan& plan, const DeviceLimits& device,
         }
         const ScreenParams<Element> screen{shape,
                                            query,
-                                           saved.key_norm,
+                                           saved.key_norms,
                                            scratch.lists,
                                            scratch.list_count,
                                            scratch.bound,
@@ -59,33 +62,45 @@ int LaunchForward(const Plan& plan, const DeviceLimits& device,
                                            saved.control,
                                            first,
                                            heads,
-                                           plan.sample_stride};
+                                           plan.deferred_keys};
         if (!Launch(ScreenForwardKernel<Element, kHeadDim, kAlpha>, device.multiprocessors,
                     ScreenTraits<kHeadDim>::kThreads, sizeof(ScreenShared<kHeadDim>), stream,
                     screen_map, screen)) {
           return FLASH_ENTMAX_CUDA_FAILURE;
         }
-        const FinishParams<Element> finish{shape,
-                                           query,
-                                           key,
-                                           value,
-                                           output,
-                                           scratch.lists,
-                                           scratch.list_count,
-                                           scratch.bound,
-                                           saved.state,
-                                           saved.control,
-                                           first,
-                                           plan.save};
-        const int64_t strips = static_cast<int64_t>(heads) * (shape.padded_queries / kStripRows);
-        if (!Launch(FinishForwardKernel<Element, kHeadDim, kAlpha>, strips, kFinishThreads, 0,
-                    stream, finish)) {
+        const auto row_bytes = [](const auto& tensor) {
+          return static_cast<uint32_t>(tensor.strides.row * sizeof(Element));
+        };
+        const FinishParams<Element> finish{
+            shape,
+            query,
+            key,
+            value,
+            output,
+            row_bytes(query),
+            row_bytes(key),
+            row_bytes(value),
+            cutlass::FastDivmod(shape.heads),
+            cutlass::FastDivmod(shape.group),
+            cutlass::FastDivmod(shape.padded_queries / kQueriesPerWarp),
+            scratch.lists,
+            scratch.list_count,
+            scratch.bound,
+            saved.state,
+            saved.control,
+            first,
+            plan.save};
+        const int64_t blocks =
+            static_cast<int64_t>(heads) * shape.padded_queries / kFinishBlockRows;
+        if (!Launch(FinishForwardKernel<Element, kHeadDim, kAlpha>, blocks, kFinishThreads,
+                    sizeof(FinishShared), stream, finish)) {
           return FLASH_ENTMAX_CUDA_FAILURE;
         }
       }
     }
-    const TileForwardParams<Element> tile{shape,       query,         output,         scratch.bound,
-                                          saved.state, saved.control, plan.tiles_only};
+    const TileForwardParams<Element> tile{shape,           query,       output,
+                                          scratch.bound,   saved.state, saved.control,
+                                          plan.tiles_only, key,         value};
     const auto launch_tiles = [&](auto save) {
       constexpr bool kSave = decltype(save)::value;
       return Launch(TileForwardKernel<Element, kHeadDim, kAlpha, kSave>, device.multiprocessors,

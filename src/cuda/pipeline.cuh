@@ -38,7 +38,7 @@ constexpr int kBoxColumns = kHeadDim < 64 ? kHeadDim : 64;
 
 // Bytes of `kRows` rows of a tile, boxes one after the other.
 template <int kHeadDim, int kRows>
-constexpr int kTileBytes = kRows * kHeadDim * 2;
+constexpr int kTileBytes = kRows* kHeadDim * 2;
 
 // Copies rows [row, row + kRows) of one head into `destination`; rows past the end become zero.
 template <int kHeadDim, int kRows>

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cub/device/device_scan.cuh>
+#include <limits>
 
 #include "plan.h"
 
@@ -8,10 +9,11 @@ namespace flash_entmax::cuda {
 namespace {
 
 constexpr size_t kAlignment = 256;
-constexpr size_t kListBudget = size_t{5} << 27;  // bytes of candidate lists alive at a time
+constexpr size_t kListBudget = size_t{3} << 28;  // bytes of candidate lists alive at a time
 // Whole work items of every kernel: 128 rows (tile path), 256 or (head size 128) 192 (screening).
 constexpr int kRowMultiple = 256;
 constexpr int kWideRowMultiple = 384;
+constexpr int64_t kMostEntries = std::numeric_limits<int32_t>::max();
 
 // Hands out aligned pieces of a buffer.
 class Carver {
@@ -31,7 +33,15 @@ class Carver {
   size_t bytes_ = 0;
 };
 
-int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+int RoundUp(int value, int multiple) {
+  return static_cast<int>((int64_t{value} + multiple - 1) / multiple * multiple);
+}
+
+// Rows of all heads, padded, can be counted in 32 bits.
+bool Countable(int64_t batch, int64_t heads, int64_t rows, int multiple) {
+  const int64_t padded = (rows + multiple - 1) / multiple * multiple;
+  return batch <= kMostEntries / heads && batch * heads <= kMostEntries / padded;
+}
 
 }  // namespace
 
@@ -42,7 +52,7 @@ SavedBuffers Plan::Saved(void* base) const {
   const size_t units = static_cast<size_t>(shape.BatchHeads()) * shape.Units();
   const size_t capacity = save ? static_cast<size_t>(support_capacity) : 0;
   saved.control = carver.Take<Control>(1);
-  saved.key_norm = carver.Take<uint32_t>(shape.KeyHeads());
+  saved.key_norms = carver.Take<uint32_t>(static_cast<size_t>(shape.KeyHeads()) * kKeyNorms);
   saved.state.unit_flag = carver.Take<int>(units);
   saved.state.column_count =
       carver.Take<int>(save ? static_cast<size_t>(shape.KeyHeads()) * shape.keys : 0);
@@ -66,8 +76,8 @@ ForwardScratch Plan::Forward(void* base, size_t* bytes) const {
   if (!tiles_only) {
     const size_t strips =
         static_cast<size_t>(heads_per_launch) * (shape.padded_queries / kStripRows);
-    scratch.lists = carver.Take<CandidateEntry>(strips * kListCapacity * 32);
-    scratch.list_count = carver.Take<int>(strips * 32);
+    scratch.lists = carver.Take<CandidateEntry>(strips * 2 * kListCapacity * 32);
+    scratch.list_count = carver.Take<int>(strips * 2 * 32);
     scratch.bound =
         carver.Take<RowBound>(static_cast<size_t>(shape.BatchHeads()) * shape.padded_queries);
     if (!is_fp16) {
@@ -88,7 +98,12 @@ BackwardScratch Plan::Backward(void* base, size_t* bytes) const {
   scratch.column_offset = carver.Take<int>(columns);
   scratch.column_entries = carver.Take<ColumnEntry>(static_cast<size_t>(support_capacity));
   scratch.order = carver.Take<int>(static_cast<size_t>(support_capacity));
-  scratch.long_columns = carver.Take<int>(columns);
+  // A long column has more than MaxWarpColumn entries, and at most one piece to so many of them.
+  const size_t entries = static_cast<size_t>(support_capacity);
+  const int longest = MaxWarpColumn(shape);
+  scratch.long_tasks = carver.Take<LongColumnTask>(longest > 0 ? entries / longest
+                                                               : columns + entries / kPieceEntries);
+  scratch.long_sums = carver.Take<float>(entries / kLongSumEntries * 2 * head_dim);
   scratch.tile_key_gradient = carver.Take<float>(padded * head_dim);
   scratch.tile_value_gradient = carver.Take<float>(padded * head_dim);
   scratch.delta =
@@ -110,6 +125,11 @@ int MakePlan(const FlashEntmaxProblem& problem, Plan* plan) {
   if (!(problem.alpha > 1.0f && problem.alpha <= 2.0f)) return FLASH_ENTMAX_BAD_ALPHA;
   if (!(problem.scale > 0.0f && std::isfinite(problem.scale))) return FLASH_ENTMAX_BAD_SCALE;
   if (problem.element != 0 && problem.element != 1) return FLASH_ENTMAX_BAD_ELEMENT;
+  const int row_multiple = problem.head_dim == 128 ? kWideRowMultiple : kRowMultiple;
+  if (!Countable(problem.batch, problem.heads, problem.queries, row_multiple) ||
+      !Countable(problem.batch, problem.kv_heads, problem.keys, Shape::kUnitRows)) {
+    return FLASH_ENTMAX_TOO_LARGE;
+  }
   Shape& shape = plan->shape;
   shape.batch = problem.batch;
   shape.heads = problem.heads;
@@ -117,8 +137,7 @@ int MakePlan(const FlashEntmaxProblem& problem, Plan* plan) {
   shape.group = problem.heads / problem.kv_heads;
   shape.queries = problem.queries;
   shape.keys = problem.keys;
-  shape.padded_queries =
-      RoundUp(problem.queries, problem.head_dim == 128 ? kWideRowMultiple : kRowMultiple);
+  shape.padded_queries = RoundUp(problem.queries, row_multiple);
   shape.causal = problem.causal != 0;
   shape.alpha = problem.alpha;
   shape.scale = problem.scale;
@@ -128,21 +147,21 @@ int MakePlan(const FlashEntmaxProblem& problem, Plan* plan) {
                      : problem.alpha == 2.0f ? AlphaMode::kTwo
                                              : AlphaMode::kGeneral;
   plan->padded_keys = RoundUp(problem.keys, Shape::kUnitRows);
-  const size_t list_bytes = static_cast<size_t>(shape.padded_queries / kStripRows) * kListCapacity *
-                            32 * sizeof(CandidateEntry);
+  const size_t list_bytes = static_cast<size_t>(shape.padded_queries / kStripRows) * 2 *
+                            kListCapacity * 32 * sizeof(CandidateEntry);
   const size_t heads = static_cast<size_t>(shape.BatchHeads());
   const size_t slices = std::min(heads, (heads * list_bytes + kListBudget - 1) / kListBudget);
   plan->heads_per_launch = static_cast<int>((heads + slices - 1) / slices);
-  // Pays on unstructured inputs, costs 1 / stride of the product on structured ones.
-  constexpr int kDefaultSampleStride = 8;
-  plan->sample_stride = problem.sample_stride < 0 ? kDefaultSampleStride : problem.sample_stride;
+  plan->deferred_keys = problem.deferred_keys;
   // Supports of short rows are a large part of them, and lists cost more than a few products.
   constexpr int kShortRow = 512;
   plan->tiles_only = problem.path == FLASH_ENTMAX_PATH_TILES ||
-                     (problem.path == FLASH_ENTMAX_PATH_AUTO && problem.keys <= kShortRow);
+                     (problem.path == FLASH_ENTMAX_PATH_AUTO && problem.keys <= kShortRow) ||
+                     (problem.keys - 1) / kStepKeys >= kMaxSteps;
   plan->is_fp16 = problem.element == 1;
   plan->save = problem.save_for_backward != 0;
-  plan->support_capacity = plan->tiles_only ? 0 : problem.support_capacity;
+  // Positions in the pool are 32-bit numbers in the backward; rows past them take the tile path.
+  plan->support_capacity = plan->tiles_only ? 0 : std::min(problem.support_capacity, kMostEntries);
   return FLASH_ENTMAX_OK;
 }
 

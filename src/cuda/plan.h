@@ -18,7 +18,8 @@ struct BackwardScratch {
   int* column_offset;
   ColumnEntry* column_entries;
   int* order;
-  int* long_columns;
+  LongColumnTask* long_tasks;
+  float* long_sums;
   float* tile_key_gradient;
   float* tile_value_gradient;
   int* tile_block_flag;
@@ -29,8 +30,8 @@ struct BackwardScratch {
 
 // Buffers at given base addresses (null bases give offsets).
 struct SavedBuffers {
-  Control* control;    // first of the part that is zeroed by every forward
-  uint32_t* key_norm;  // (batch * kv_heads)
+  Control* control;     // first of the part that is zeroed by every forward
+  uint32_t* key_norms;  // (batch * kv_heads) x kKeyNorms
   SavedState state;
   size_t zeroed_bytes;
   size_t bytes;
@@ -42,7 +43,7 @@ struct Plan {
   int head_dim;
   int padded_keys;
   int heads_per_launch;  // screening and finish run in slices that bound the lists' memory
-  int sample_stride;
+  int deferred_keys;
   bool tiles_only;
   bool is_fp16;
   bool save;

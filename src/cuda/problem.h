@@ -65,28 +65,26 @@ struct Shape {
 };
 
 // Sizes that the kernels and the plan must agree on.
-constexpr int kStripRows = 16;     // queries of one warp in the screening kernel
-constexpr int kListCapacity = 80;  // entries of a screening thread's candidate list
-constexpr int kMaxSupport = 128;   // support of a row handled by lists
-constexpr int kStepKeys = 128;     // keys of one screening step
-constexpr int kSumKeys = 64;       // keys of one fp32 product of the tile path
+constexpr int kStripRows = 16;      // queries of one warp in the screening kernel
+constexpr int kListCapacity = 96;   // entries of a candidate list
+constexpr int kMaxSupport = 256;    // support of a row handled by lists
+constexpr int kStepKeys = 128;      // keys of one screening step
+constexpr int kMaxSteps = 1 << 16;  // that a candidate entry can tell apart
+constexpr int kSumKeys = 64;        // keys of one fp32 product of the tile path
+constexpr int kKeyNorms = 8;        // prefix norms of the keys of a head, one every head_dim / 8
 
-// One screening thread's hits in one step: 2 rows x 32 keys. Bit i of a row's mask stands for key
-// 8 * i + 2 * (lane % 4) of the step, bit 16 + i for the key after it.
-struct alignas(16) CandidateEntry {
-  uint32_t mask[2];
-  uint32_t maximum;  // two halfs: the largest screening score of each row
-  int step;          // first key / kStepKeys
+// One screening thread's hits in one step and one row: of the 32 keys that the thread looks at, bit
+// i of the mask stands for key 8 * i + 2 * (lane % 4) of the step, bit 16 + i for the key after it.
+struct alignas(8) CandidateEntry {
+  uint32_t mask;
+  uint32_t step_and_maximum;  // (first key / kStepKeys) << 16 | largest screening score (half)
 };
 
 // What screening knows of a row in the end: keys with a screening score at or below `screen` are
-// not in the support, and the threshold is at least `threshold` (in z). A key's z is at most to_z *
-// (screening score) + slack.
-struct alignas(16) RowBound {
+// not in the support, and the threshold is at least `threshold` (in z).
+struct alignas(8) RowBound {
   float screen;
   float threshold;
-  float to_z;
-  float slack;
 };
 
 // A support entry seen from its key, written in any order and sorted by query when read.
@@ -95,6 +93,33 @@ struct alignas(16) ColumnEntry {
   float probability;
   float score_gradient;
   int unused;
+};
+
+// The backward of the list path sorts the entries of a key by query: pairs of a query and a
+// position below kMaxWarpColumn in 32 bits. Longer columns are summed in pieces, a block each.
+constexpr int kColumnIndexBits = 9;
+constexpr int kMaxWarpColumn = 1 << kColumnIndexBits;
+constexpr int kPieceEntries = 2048;  // of a long column, on average
+constexpr int kMaxPieces = 64;
+constexpr int kLongSumEntries = 1024;  // entries to a slot for the sums of a piece
+
+// Entries of a column that one warp sums; none when there are too many queries for the pairs.
+__host__ __device__ inline int MaxWarpColumn(const Shape& shape) {
+  const int64_t limit = int64_t{1} << (32 - kColumnIndexBits);
+  return static_cast<int64_t>(shape.group) * shape.queries <= limit ? kMaxWarpColumn : 0;
+}
+
+__host__ __device__ inline int LongColumnPieces(int count) {
+  const int pieces = (count + kPieceEntries - 1) / kPieceEntries;
+  return pieces < kMaxPieces ? pieces : kMaxPieces;
+}
+
+// A piece of a long column: the entries whose queries lie in the `piece`-th of `pieces` ranges.
+struct alignas(16) LongColumnTask {
+  int column;  // (batch * kv_heads + kv_head) * keys + key
+  int piece;
+  int pieces;
+  int arrived;  // in the task of the first piece: pieces done
 };
 
 // What the forward keeps for the backward. Rows are (batch * heads) x padded_queries unless said.
@@ -118,7 +143,7 @@ struct Control {
   int next_item;                    // screening work queue
   int flagged_count;
   int next_flagged;       // tile-forward work queue
-  int long_column_count;  // zeroed by every backward
+  int long_column_count;  // tasks of long columns, zeroed by every backward
 };
 
 }  // namespace flash_entmax::cuda

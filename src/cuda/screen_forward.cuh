@@ -14,12 +14,13 @@
 //   2. folded into 16 running group maxima a row and thread in shared memory, from which Newton
 //      gives a certified bound whenever the keys seen have grown by half (bounds.cuh);
 //   3. if a maximum of the warp is above its bound: a bit a score, appended with the maxima to the
-//      thread's list (candidate_list.cuh).
-// The newest keys also raise the bound by Newton on the scores in registers. An optional sample
-// pass first looks at every `sample_stride`-th tile for maxima only.
+//      thread's lists (candidate_list.cuh) while the next product is under way.
+// Hits among the newest keys would be tested against the weak bounds of the beginning. Step 3 is
+// therefore left out for an eighth of the keys, and their tiles are visited again in the end, when
+// the bounds are best: the second product costs less than the hits it avoids.
 //
-// Traffic: queries once; keys once a query tile, from L2; 16 bytes an entry of the lists. Nothing
-// of size queries x keys is written.
+// Traffic: queries once; keys once a query tile (newest twice), from L2; 8 bytes an entry of the
+// lists. Nothing of size queries x keys is written.
 #ifndef FLASH_ENTMAX_CUDA_SCREEN_FORWARD_CUH_
 #define FLASH_ENTMAX_CUDA_SCREEN_FORWARD_CUH_
 
@@ -32,15 +33,15 @@ template <class Element>
 struct ScreenParams {
   Shape shape;
   Tensor<const Element> query;
-  const uint32_t* key_norm;  // (batch * kv_heads): largest key norm, as float bits
-  CandidateEntry* lists;     // [strip][kListCapacity][32]
-  int* list_count;           // [strip][32]
-  RowBound* bound;           // (batch * heads) x padded_queries
+  const uint32_t* key_norms;  // (batch * kv_heads) x kKeyNorms: largest prefix norms, float bits
+  CandidateEntry* lists;      // [strip][row half][kListCapacity][32]
+  int* list_count;            // [strip][row half][32]
+  RowBound* bound;            // (batch * heads) x padded_queries
   SavedState saved;
   Control* control;
   int first_head;  // this launch covers batch-heads [first_head, first_head + head_count)
   int head_count;
-  int sample_stride;  // 0: no sample pass
+  int deferred_keys;  // newest keys of a row whose hits are taken in the end; 0: an eighth
 };
 
 // Measured: 4 groups with one product in flight each beat 5 and 6 lighter ones, and 3 with two.
@@ -53,8 +54,8 @@ struct ScreenTraits {
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 3;
   static constexpr int kConsumerThreads = kConsumers * kWarpGroupThreads;
   static constexpr int kThreads = kConsumerThreads + kWarpGroupThreads;
-  static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 112 : 152;
-  static constexpr int kProducerRegisters = kHeadDim <= 64 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 112 : 160;
+  static constexpr int kProducerRegisters = 32;
   static constexpr int kStageBytes = kTileBytes<kHeadDim, kTileKeys>;
 };
 
@@ -73,41 +74,52 @@ struct ScreenShared {
   int finished_groups[kItemWindow];  // warp groups that gave an item up
 };
 
-// A warp most of whose group maxima are above their bounds has rows with large supports: its group
-// gives up. `tiles` = key tiles seen; each fills two slots of 4 maxima a thread.
-__device__ __forceinline__ bool LooksDense(int groups_above, int tiles) {
-  constexpr int kGroupsInSlot = kWarpSize * 4;
-  return tiles > 1 && groups_above * 16 > min(2 * tiles, kMaximumSlots) * kGroupsInSlot * 15;
+// A warp nearly all of whose group maxima are above their bounds has rows whose supports are too
+// large for lists: its group gives up. Asked while a group stands for one step, 16 keys, of the
+// `tiles` seen: later the maxima of all rows are above their bounds. With 512 keys or more, rows
+// that will keep 200 are told from rows that will keep 270 (Gaussian scores).
+__device__ __forceinline__ bool LooksDense(const GroupCounts& groups, int tiles) {
+  return tiles > 1 && tiles <= kMaximumSlots / 2 && groups.above * 128 > groups.seen * 127;
 }
 
 // What a work item covers.
 template <int kHeadDim>
 struct ScreenItem {
+  static constexpr int kRows = ScreenTraits<kHeadDim>::kRows;
+  static constexpr int kTileKeys = ScreenTraits<kHeadDim>::kTileKeys;
+
   int head;  // batch * heads + head
   int first_row;
-  int tiles;         // key tiles that some row of the item sees; at least one is streamed
-  int shared_tiles;  // key tiles that every row of the item sees whole
+  int tiles;   // key tiles that some row of the item sees; at least one is streamed
+  int visits;  // of key tiles: all of them, and the deferred ones again
 
   __device__ __forceinline__ ScreenItem(const Shape& shape, int first_head, int head_count,
-                                        int item) {
-    constexpr int kRows = ScreenTraits<kHeadDim>::kRows;
-    constexpr int kTileKeys = ScreenTraits<kHeadDim>::kTileKeys;
+                                        int deferred_keys, int item) {
     const int row_tiles = (shape.queries + kRows - 1) / kRows;
     head = first_head + item % head_count;
     first_row = (row_tiles - 1 - item / head_count) * kRows;
     const int last_row = min(first_row + kRows, shape.queries) - 1;
     tiles = max(1, (shape.VisibleKeys(last_row) + kTileKeys - 1) / kTileKeys);
-    shared_tiles = shape.VisibleKeys(first_row) / kTileKeys;
+    visits = 2 * tiles - FirstDeferred(shape, deferred_keys, first_row);
   }
 
   static __device__ __forceinline__ int Count(const Shape& shape, int head_count) {
-    constexpr int kRows = ScreenTraits<kHeadDim>::kRows;
     return (shape.queries + kRows - 1) / kRows * head_count;
   }
 
-  // First tile of the sample pass; negative when there is nothing to sample.
-  __device__ __forceinline__ int FirstSample(int stride) const {
-    return stride ? shared_tiles - 1 - stride / 2 : -1;
+  // Rows from `row` on take the hits of this tile and of newer ones in the second visit. Enough
+  // keys for a bound, and never more than an eighth of a long row; grows with the row.
+  static __device__ __forceinline__ int FirstDeferred(const Shape& shape, int deferred_keys,
+                                                      int row) {
+    constexpr int kFewest = 128, kMost = 2048;
+    const int visible = shape.VisibleKeys(row);
+    const int wanted = deferred_keys > 0 ? deferred_keys : min(max(visible / 8, kFewest), kMost);
+    return max(0, visible - wanted) / kTileKeys;
+  }
+
+  __device__ __forceinline__ bool IsSecond(int visit) const { return visit >= tiles; }
+  __device__ __forceinline__ int Tile(int visit) const {
+    return (IsSecond(visit) ? 2 * tiles : tiles) - 1 - visit;
   }
 };
 
@@ -122,7 +134,8 @@ __device__ __forceinline__ void ScreenProducer(const CUtensorMap& key_map,
   for (int sequence = 0;; ++sequence) {
     const int item = atomicAdd(&params.control->next_item, 1);
     if (item >= items) break;
-    const ScreenItem<kHeadDim> work(shape, params.first_head, params.head_count, item);
+    const ScreenItem<kHeadDim> work(shape, params.first_head, params.head_count,
+                                    params.deferred_keys, item);
     const int batch = work.head / shape.heads;
     const int kv_head = work.head % shape.heads / shape.group;
     volatile int* finished = &shared.finished_groups[sequence % kItemWindow];
@@ -136,10 +149,8 @@ __device__ __forceinline__ void ScreenProducer(const CUtensorMap& key_map,
                                             kv_head, batch);
       position.Advance();
     };
-    const int first_sample = work.FirstSample(params.sample_stride);
-    for (int tile = first_sample; tile >= 0; tile -= params.sample_stride) load(tile);
-    for (int tile = work.tiles - 1; tile >= 0 && *finished < Traits::kConsumers; --tile) {
-      load(tile);
+    for (int visit = 0; visit < work.visits && *finished < Traits::kConsumers; ++visit) {
+      load(work.Tile(visit));
     }
   }
   cute::wait_barrier(shared.empty[position.stage], position.parity ^ 1);
@@ -147,10 +158,84 @@ __device__ __forceinline__ void ScreenProducer(const CUtensorMap& key_map,
   cute::arrive_barrier(shared.full[position.stage]);
 }
 
+// Within an ulp or two, which the factors around its uses cover.
+__device__ __forceinline__ float FastSquareRoot(float x) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// 2^exponent for whole exponents of normal numbers.
+__device__ __forceinline__ float PowerOfTwo(float exponent) {
+  return __int_as_float((static_cast<int>(exponent) + 127) << 23);
+}
+
+// The queries of a thread's two rows, scaled to fp16, and what makes their screening scores
+// certain.
+struct ScreenRows {
+  RowBounds bounds;
+  float2 slack;
+  bool usable;  // false: not finite, or not representable in fp16
+};
+
+// Scales the queries in place. A screening score differs from the exact one by the rounding of its
+// kHeadDim / 16 partial sums to fp16 (2^-10: even by truncation), each at most |q'||k'| of the
+// parts of query and key summed so far; the sums inside an instruction and the final fp32 score are
+// covered by 2^-14 |q||k|; rounding an input to fp16 loses at most 2^-25 where it becomes
+// subnormal.
+template <class Element, int kHeadDim, AlphaMode kAlpha>
+__device__ __forceinline__ ScreenRows ScaleQueries(const Shape& shape, const uint32_t* key_norms,
+                                                   uint32_t (&query)[kHeadDim / 4]) {
+  constexpr int kNormStep = 16 * kKeyNorms / kHeadDim;  // prefix norms a step of 16 dimensions
+  float square[2] = {0, 0}, rounded[2] = {0, 0}, key_norm = 0, factor[2];
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    key_norm = __uint_as_float(__ldg(key_norms + (step + 1) * kNormStep - 1));
+    float part[2] = {0, 0};
+#pragma unroll
+    for (int i = 4 * step; i < 4 * step + 4; ++i) {
+      const float2 pair = ElementTraits<Element>::Unpack(query[i]);
+      part[i & 1] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, part[i & 1]));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      square[i] += QuadSum(part[i]);
+      rounded[i] = fmaf(1.0002f * FastSquareRoot(square[i]), key_norm, rounded[i]);
+    }
+  }
+  ScreenRows rows;
+  float slack[2];
+  rows.usable = true;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float norm = FastSquareRoot(square[i]) * 1.0001f;
+    const float target =
+        __fdividef(fminf(kLargestScreenScore, __fdividef(kLargestScreenScore, key_norm)), norm);
+    const float exponent = fminf(fmaxf(floorf(__log2f(target)), -100.0f), 100.0f);
+    factor[i] = PowerOfTwo(exponent);
+    rows.bounds.to_z[i] = shape.coefficient * PowerOfTwo(-exponent);
+    rows.bounds.screen[i] = __half2half2(__ushort_as_half(kLowestHalf));
+    const float scaled = norm * factor[i];
+    const float error = factor[i] * rounded[i] * 0x1p-10f + scaled * key_norm * 0x1p-14f +
+                        sqrtf(static_cast<float>(kHeadDim)) * 0x1p-24f * (scaled + key_norm);
+    slack[i] = fmaf(2.02f * rows.bounds.to_z[i], error, AlphaRule<kAlpha>::kStepSlack);
+    // False for infinity and NaN, too.
+    rows.usable &= scaled * key_norm <= 2 * kLargestScreenScore;
+  }
+  rows.slack = make_float2(slack[0], slack[1]);
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) {
+    const float2 pair = ElementTraits<Element>::Unpack(query[i]);
+    query[i] = ElementTraits<__half>::Pack(factor[i & 1] * pair.x, factor[i & 1] * pair.y);
+  }
+  return rows;
+}
+
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& params,
                                                ScreenShared<kHeadDim>& shared, int group) {
   using Traits = ScreenTraits<kHeadDim>;
+  using Item = ScreenItem<kHeadDim>;
   const Shape& shape = params.shape;
   const AlphaRule<kAlpha> rule(shape.alpha);
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -158,8 +243,9 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
   uint32_t scores[Traits::kBuffers][32];  // two halfs each
 
   const auto wait = [&] { cute::wait_barrier(shared.full[position.stage], position.parity); };
-  const auto release = [&](int stage) {
-    if (lane == 0) cute::arrive_barrier(shared.empty[stage]);
+  const auto release = [&] {
+    if (lane == 0) cute::arrive_barrier(shared.empty[position.stage]);
+    position.Advance();
   };
 
   for (int sequence = 0;; ++sequence) {
@@ -167,12 +253,13 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
     // Broadcasts tell the compiler that the item is the same for the whole warp.
     const int item = __shfl_sync(kFullWarp, shared.stage_item[position.stage], 0);
     if (item < 0) break;
-    const ScreenItem<kHeadDim> work(shape, params.first_head, params.head_count, item);
+    const Item work(shape, params.first_head, params.head_count, params.deferred_keys, item);
     const int group_row = work.first_row + group * 64;
     const int row = work.first_row + warp * kStripRows + lane / 4;
     const int group_keys = shape.VisibleKeys(min(group_row + 64, shape.queries) - 1);
     const int group_tiles =
         group_row < shape.queries ? (group_keys + Traits::kTileKeys - 1) / Traits::kTileKeys : 0;
+    const int first_deferred = Item::FirstDeferred(shape, params.deferred_keys, group_row);
     // Keys that every row of the warp sees.
     const int warp_keys =
         shape.VisibleKeys(work.first_row + warp * kStripRows + kStripRows - 1) == 0
@@ -183,41 +270,18 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
     LoadOperand<Element, kHeadDim>(
         params.query.Row(work.head / shape.heads, work.head % shape.heads, 0),
         params.query.strides.row, row, shape.queries, lane, query);
-
     RowBounds bounds;
+    bool overflow;
     {
       const int kv_head =
           work.head / shape.heads * shape.kv_heads + work.head % shape.heads / shape.group;
-      const float key_norm = __uint_as_float(__ldg(params.key_norm + kv_head));
-      float square[2] = {0, 0}, factor[2], slack[2];
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) {
-        const float2 pair = ElementTraits<Element>::Unpack(query[i]);
-        square[i & 1] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, square[i & 1]));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float norm = sqrtf(QuadSum(square[i])) * 1.0001f;
-        const float target = fminf(kLargestScreenScore, kLargestScreenScore / key_norm) / norm;
-        const float exponent = fminf(fmaxf(floorf(log2f(target)), -100.0f), 100.0f);
-        factor[i] = exp2f(exponent);
-        bounds.to_z[i] = shape.coefficient * exp2f(-exponent);
-        // Each of the kHeadDim / 16 partial sums is rounded to fp16 (2^-10: even by truncation) and
-        // is at most |q||k|; the sums inside an instruction and the final fp32 score are covered by
-        // 2^-14; rounding an input to fp16 loses at most 2^-25 where it becomes subnormal.
-        const float scaled = norm * factor[i];
-        const float error = scaled * key_norm * (kHeadDim / 16 * 0x1p-10f + 0x1p-14f) +
-                            sqrtf(static_cast<float>(kHeadDim)) * 0x1p-24f * (scaled + key_norm);
-        slack[i] = fmaf(2.02f * bounds.to_z[i], error, AlphaRule<kAlpha>::kStepSlack);
-        bounds.screen[i] = __half2half2(__ushort_as_half(0xfbff));  // lowest finite
-      }
-      shared.slack[thread] = make_float2(slack[0], slack[1]);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) {
-        const float2 pair = ElementTraits<Element>::Unpack(query[i]);
-        query[i] = ElementTraits<__half>::Pack(factor[i & 1] * pair.x, factor[i & 1] * pair.y);
-      }
+      const ScreenRows rows = ScaleQueries<Element, kHeadDim, kAlpha>(
+          shape, params.key_norms + static_cast<int64_t>(kv_head) * kKeyNorms, query);
+      bounds = rows.bounds;
+      shared.slack[thread] = rows.slack;
+      overflow = !rows.usable;
     }
+    bool signed_scores = true;  // a bound of the warp is negative
 #pragma unroll
     for (int slot = 0; slot < kMaximumSlots; ++slot) {
       shared.maximum[slot][thread] = make_uint2(0xfbfffbffu, 0xfbfffbffu);
@@ -228,9 +292,11 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
          work.first_row) /
             kStripRows +
         warp;
-    CandidateEntry* const list = params.lists + strip * kStripListEntries + lane;
-    int count = 0;
-    bool overflow = false;
+    CandidateEntry* lists = params.lists + strip * kStripListEntries + lane;
+    asm volatile("" : "+l"(lists));  // the compiler would compute it again at every append
+    int count[2] = {0, 0};
+    StepHits hits;
+    hits.maximum[0] = hits.maximum[1] = 0xfbfffbffu;
 
     const auto issue = [&](int half) {
       uint32_t(&sums)[32] = scores[half % Traits::kBuffers];
@@ -240,21 +306,19 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
                                 half * kStepKeys, sums);
       cute::warpgroup_commit_batch();
     };
-    const auto signed_scores = [&] {
-      return __any_sync(kFullWarp, (AsBits(bounds.screen[0]) | AsBits(bounds.screen[1])) & 0x8000u);
-    };
     const auto group_maximum = [&](int i, int slot) {
       const uint2 m = shared.maximum[slot][thread];
       return AsHalf2(i ? m.y : m.x);
     };
-    const auto raise_from_maxima = [&](int steps) {
-      RaiseBounds<kAlpha, kMaximumSlots>(rule, steps, shared.slack[thread], bounds, group_maximum);
+    const auto raise_bounds = [&](int steps) {
+      RaiseBounds<kAlpha>(rule, steps, shared.slack[thread], bounds, group_maximum);
+      signed_scores =
+          __any_sync(kFullWarp, (AsBits(bounds.screen[0]) | AsBits(bounds.screen[1])) & 0x8000u);
     };
 
-    // Looks at the scores of one step.
-    const auto look = [&](uint32_t(&s)[32], int step, bool near) {
+    // Looks at the scores of one step: `hits` receives its maxima and, if asked, its hits.
+    const auto look = [&](uint32_t(&s)[32], int step, bool take_hits) {
       const int first_key = step * kStepKeys;
-      if (first_key >= group_keys) return;
       if (first_key + kStepKeys > warp_keys) {
         constexpr uint32_t kLowMasked = 0xfc00u, kHighMasked = 0xfc000000u;  // -inf
         const int visible0 = shape.VisibleKeys(row), visible1 = shape.VisibleKeys(row + 8);
@@ -266,103 +330,92 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
           if (key + 1 == visible) s[i] = (s[i] & 0xffffu) | kHighMasked;
         }
       }
-      if (near) {
-        RaiseBounds<kAlpha, 16>(rule, 3, shared.slack[thread], bounds,
-                                [&](int i, int pair) { return AsHalf2(s[2 * pair + i]); });
+      RowMaxima(s, signed_scores, hits.maximum);
+      hits.step = step;
+      hits.mask[0] = hits.mask[1] = 0;
+      const uint32_t above = __hgt2_mask(AsHalf2(hits.maximum[0]), bounds.screen[0]) |
+                             __hgt2_mask(AsHalf2(hits.maximum[1]), bounds.screen[1]);
+      if (take_hits && __any_sync(kFullWarp, above)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) hits.mask[i] = HitMask(s, i, bounds.screen[i]);
       }
-      uint32_t maximum[2];
-      RowMaxima(s, signed_scores(), maximum);
-      RecordMaxima(&shared.maximum[MaximumSlot(step)][thread], maximum);
-      const uint32_t above = __hgt2_mask(AsHalf2(maximum[0]), bounds.screen[0]) |
-                             __hgt2_mask(AsHalf2(maximum[1]), bounds.screen[1]);
-      if (__any_sync(kFullWarp, above)) {
-        if (__any_sync(kFullWarp, count >= kListCapacity)) {
-          raise_from_maxima(2);
-          count = Compact(list, count, bounds);
-          overflow |= count > kListCapacity * 7 / 8;
-          if (overflow) count = 0;
+    };
+    // Files the hits of the last look; done while a product is under way. Doing it twice is
+    // harmless for the maxima, and the masks are cleared.
+    const auto file_hits = [&] {
+      RecordMaxima(&shared.maximum[MaximumSlot(hits.step)][thread], hits.maximum);
+      hits.AppendTo(lists, count);
+      hits.mask[0] = hits.mask[1] = 0;
+    };
+    // Makes room for the two entries of the next tile.
+    const auto make_room = [&] {
+      constexpr int kNeeded = 2;
+      if (__any_sync(kFullWarp, max(count[0], count[1]) > kListCapacity - kNeeded)) {
+        raise_bounds(2);
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+          const __half bound = __low2half(i ? bounds.screen[1] : bounds.screen[0]);
+          const int kept = Compact(lists + i * kHalfListEntries, i ? count[1] : count[0], bound);
+          overflow |= kept > kListCapacity * 7 / 8;
+          if (i) {
+            count[1] = kept;
+          } else {
+            count[0] = kept;
+          }
         }
-        const uint32_t mask0 = HitMask(s, 0, bounds.screen[0]);
-        const uint32_t mask1 = HitMask(s, 1, bounds.screen[1]);
-        Append(list, count, mask0, mask1, maximum, step);
+        if (overflow) count[0] = count[1] = 0;
       }
     };
 
-    const int first_sample = work.FirstSample(params.sample_stride);
-    if (first_sample >= 0) {
-#pragma unroll 1
-      for (int tile = first_sample; tile >= 0; tile -= params.sample_stride) {
-        wait();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          issue(half);
-          cute::warpgroup_wait<0>();
-          uint32_t(&sums)[32] = scores[half % Traits::kBuffers];
-          Fence(sums);
-          uint32_t maximum[2];
-          RowMaxima(sums, false, maximum);
-          RecordMaxima(&shared.maximum[MaximumSlot(2 * tile + half)][thread], maximum);
-        }
-        release(position.stage);
-        position.Advance();
-      }
-      raise_from_maxima(4);
-    }
-#pragma unroll 1
-    for (int tile = work.tiles - 1; tile >= group_tiles; --tile) {
-      wait();
-      release(position.stage);
-      position.Advance();
-    }
-
-    const int newest = group_tiles - 1;
-    // Bounds are raised when `tile` falls to this.
-    int next_raise =
-        first_sample >= 0 ? newest - max(2, work.tiles / params.sample_stride) + 1 : newest;
-    int tile = newest;
+    int next_raise = 3;  // tiles seen when the bounds are raised next
+    int visit = 0;
     bool gave_up = false;
 #pragma unroll 1
-    for (; tile >= 0 && !gave_up; --tile) {
-      const bool near = tile == newest;
+    for (; visit < work.visits && !gave_up; ++visit) {
+      const int tile = work.Tile(visit);
+      const bool second = work.IsSecond(visit);
       wait();
-      issue(1);
-      if constexpr (Traits::kBuffers == 2) {
-        issue(0);
-        cute::warpgroup_wait<1>();
-        Fence(scores[1]);
-        look(scores[1], 2 * tile + 1, near);
-      } else {
-        cute::warpgroup_wait<0>();
-        Fence(scores[0]);
-        look(scores[0], 2 * tile + 1, near);
-        issue(0);
+      if (tile >= group_tiles || (second && tile < first_deferred)) {
+        release();
+        continue;
       }
+      const bool take_hits = second || tile < first_deferred;
+      issue(1);
+      if constexpr (Traits::kBuffers == 2) issue(0);
+      file_hits();
+      make_room();
+      cute::warpgroup_wait<Traits::kBuffers - 1>();
+      Fence(scores[Traits::kBuffers - 1]);
+      look(scores[Traits::kBuffers - 1], 2 * tile + 1, take_hits);
+      if constexpr (Traits::kBuffers == 1) issue(0);
+      file_hits();
       cute::warpgroup_wait<0>();
       Fence(scores[0]);
-      release(position.stage);
-      position.Advance();
-      look(scores[0], 2 * tile, near);
-      if (tile <= next_raise) {
-        next_raise = newest - (newest - tile + 1) * 3 / 2;
-        raise_from_maxima(2);
-        overflow |= LooksDense(GroupsAbove(bounds, group_maximum), newest - tile + 1);
+      release();
+      look(scores[0], 2 * tile, take_hits);
+
+      const int seen = group_tiles - tile;
+      if (!second && (seen >= next_raise || tile == first_deferred || tile == 0)) {
+        next_raise = seen * 3 / 2 + 1;
+        file_hits();
+        raise_bounds(take_hits ? 2 : 4);
+        overflow |= LooksDense(CountGroups(bounds, group_maximum), seen);
         gave_up = WarpGroupAny(1 + group, kWarpGroupThreads, overflow);
       }
     }
+    file_hits();
     if (gave_up) {
       // The remaining tiles are let through; the producer stops when every group has given up.
       if (thread % kWarpGroupThreads == 0) {
         atomicAdd(&shared.finished_groups[sequence % kItemWindow], 1);
       }
 #pragma unroll 1
-      for (; tile >= 0; --tile) {
+      for (; visit < work.visits; ++visit) {
         wait();
         if (__shfl_sync(kFullWarp, shared.stage_item[position.stage], 0) != item) break;
-        release(position.stage);
-        position.Advance();
+        release();
       }
     }
-    raise_from_maxima(2);
 
     bool tile_path = overflow || gave_up;
 #pragma unroll
@@ -382,13 +435,12 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float screen = __low2float(bounds.screen[i]);
-        const float2 slack = shared.slack[thread];
         // The lowest finite number says that nothing is known.
-        bound[8 * i] = RowBound{screen, screen > -65504.0f ? screen * bounds.to_z[i] : -FLT_MAX,
-                                bounds.to_z[i], i ? slack.y : slack.x};
+        bound[8 * i] = RowBound{screen, screen > -65504.0f ? screen * bounds.to_z[i] : -FLT_MAX};
       }
     }
-    params.list_count[strip * kWarpSize + lane] = count;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) params.list_count[(2 * strip + i) * kWarpSize + lane] = count[i];
   }
 }
 

@@ -1,12 +1,14 @@
 // Backward of the list path, query side: dP, delta and dQ over each row's support.
 //
-// A warp takes four rows, eight lanes a row (gather.cuh):
-//   dP_j = dO . V_j;  delta = sum u dP / sum u;  dS_j = u_j (dP_j - delta);  dQ = scale sum dS_j
-//   K_j.
-// Each entry {query, p, dS} is then written to its place among the entries of its key, which the
-// forward reserved: this is the whole transposition.
+// A warp takes four rows, eight lanes a row (gather.cuh), and goes over their supports twice, eight
+// entries of a row at a time:
+//   1. dP_j = dO . V_j, kept in shared memory; delta = sum u dP / sum u;
+//   2. dS_j = u_j (dP_j - delta); the entry {query, p, dS} is written to its place among the
+//      entries of its key, which the forward reserved: this is the whole transposition;
+//      dQ = scale sum dS_j K_j.
 // Rows whose unit went to the tile path after they had reserved places write zeros there.
-// Traffic: 12 bytes read, one value row, one key row and 16 bytes written a support entry.
+// Traffic a support entry: 20 bytes read, one value row, one key row (mostly from L2) and 16 bytes
+// written.
 #ifndef FLASH_ENTMAX_CUDA_SUPPORT_ROWS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_SUPPORT_ROWS_BACKWARD_CUH_
 
@@ -23,18 +25,27 @@ struct SupportRowsParams {
   SavedState saved;
   const int* column_offset;  // (batch * kv_heads) x keys: exclusive sums of column_count
   ColumnEntry* column_entries;
-  bool all_tiles;  // every unit took the tile path
 };
 
 constexpr int kSupportRowsThreads = 128;
 
+// Rows of `base` named by the `key` of a row's first `count` lanes; the last of them again past it.
+template <int kPart>
+__device__ __forceinline__ void LoadRowsOfLanes(const RowBase& base, int key, int count,
+                                                Chunk<kPart> (&chunk)[kLanesPerRow]) {
+  const int last = max(count - 1, 0);
+#pragma unroll
+  for (int i = 0; i < kLanesPerRow; ++i) {
+    chunk[i].Load(base.Row(__shfl_sync(kFullWarp, key, min(i, last), kLanesPerRow)));
+  }
+}
+
 template <class Element, int kHeadDim, AlphaMode kAlpha>
-__global__ void __launch_bounds__(kSupportRowsThreads)
+__global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
     SupportRowsBackwardKernel(const __grid_constant__ SupportRowsParams<Element> params) {
   constexpr int kWarps = kSupportRowsThreads / kWarpSize;
   constexpr int kPart = kHeadDim / kLanesPerRow;
-  __shared__ int shared_key[kWarps][kRowsPerWarp][kMaxSupport + kListPadding];
-  __shared__ float shared_value[kWarps][kRowsPerWarp][kMaxSupport + kListPadding];
+  __shared__ float shared_products[kWarps][kRowsPerWarp][kMaxSupport + kListPadding];
 
   const Shape& shape = params.shape;
   const AlphaRule<kAlpha> rule(shape.alpha);
@@ -46,62 +57,76 @@ __global__ void __launch_bounds__(kSupportRowsThreads)
   const int row = static_cast<int>(padded_row % shape.padded_queries);
   const bool valid = row < shape.queries;
   const bool tile_path =
-      params.all_tiles ||
       params.saved.unit_flag[head * shape.Units() + row / Shape::kUnitRows] != kListPath;
   const int count = valid ? params.saved.support_count[padded_row] : 0;
   const int64_t offset = count ? params.saved.support_offset[padded_row] : 0;
+  const int* const keys = params.saved.support_key + offset;
+  const float* const excesses = params.saved.support_excess + offset;
+  const int* const slots = params.saved.support_slot + offset;
+  float* const products = shared_products[warp][part];
   const int batch = head / shape.heads, query_head = head % shape.heads;
   const int kv_head = query_head / shape.group;
-  int* const key = shared_key[warp][part];
-  float* const value = shared_value[warp][part];
-
-  if (lane == 0) key[0] = 0;
-  __syncwarp();
-  for (int i = lane; i < count; i += kLanesPerRow) key[i] = params.saved.support_key[offset + i];
-  __syncwarp();
-
   const int longest = __reduce_max_sync(kFullWarp, count);
+
   float weighted = 0, total = 0;
   {
     float gradient[kPart];
     LoadVector<Element, kPart>(
         params.output_gradient.Row(batch, query_head, valid ? row : 0) + lane * kPart, gradient);
     const RowBase values = RowBase::Of(params.value, batch, kv_head, lane, kPart);
+#pragma unroll 1
     for (int first = 0; first < longest; first += kLanesPerRow) {
       const int i = first + lane;
-      const float excess = i < count ? params.saved.support_excess[offset + i] : 0.0f;
-      const float dp = GatherDots<Element, kHeadDim>(values, key, first, count, gradient, lane);
-      if (i < count) {
+      const bool live = i < count;
+      const int key = live ? __ldg(keys + i) : 0;
+      const float excess = live ? __ldg(excesses + i) : 0.0f;
+      Chunk<kPart> chunk[kLanesPerRow];
+      LoadRowsOfLanes<kPart>(values, key, count - first, chunk);
+      float sum[kLanesPerRow];
+#pragma unroll
+      for (int x = 0; x < kLanesPerRow; ++x) sum[x] = Dot<Element, kPart>(chunk[x], gradient);
+      const float dp = TransposeReduce(sum, lane);
+      if (live) {
         float p, u;
         rule.Weights(excess, &p, &u);
         weighted = fmaf(u, dp, weighted);
         total += u;
-        value[i] = dp;
+        products[i] = dp;
       }
     }
   }
   const float delta = __fdividef(RowSum(weighted), RowSum(total));
 
-  const size_t column_base = static_cast<size_t>(batch * shape.kv_heads + kv_head) * shape.keys;
+  // Every lane reads the products that it wrote itself.
+  const int64_t column_base = static_cast<int64_t>(batch * shape.kv_heads + kv_head) * shape.keys;
   const int query_id = query_head % shape.group * shape.queries + row;
-  for (int i = lane; i < count; i += kLanesPerRow) {
-    const float excess = params.saved.support_excess[offset + i];
-    float p, u;
-    rule.Weights(excess, &p, &u);
-    float ds = u * (value[i] - delta);
-    if (tile_path) p = ds = 0.0f;
-    value[i] = ds;
-    const int64_t place =
-        params.column_offset[column_base + key[i]] + params.saved.support_slot[offset + i];
-    params.column_entries[place] = ColumnEntry{query_id, p, ds, 0};
+  const RowBase key_rows = RowBase::Of(params.key, batch, kv_head, lane, kPart);
+  float query_gradient[kPart] = {};
+#pragma unroll 1
+  for (int first = 0; first < longest; first += kLanesPerRow) {
+    const int i = first + lane;
+    const bool live = i < count;
+    const int key = live ? __ldg(keys + i) : 0;
+    Chunk<kPart> chunk[kLanesPerRow];
+    LoadRowsOfLanes<kPart>(key_rows, key, count - first, chunk);
+    float ds = 0.0f;
+    if (live) {
+      float p, u;
+      rule.Weights(__ldg(excesses + i), &p, &u);
+      ds = u * (products[i] - delta);
+      if (tile_path) p = ds = 0.0f;
+      const int64_t place =
+          static_cast<int64_t>(__ldg(params.column_offset + column_base + key)) + __ldg(slots + i);
+      params.column_entries[place] = ColumnEntry{query_id, p, ds, 0};
+    }
+#pragma unroll
+    for (int x = 0; x < kLanesPerRow; ++x) {
+      const float weight = __shfl_sync(kFullWarp, ds, x, kLanesPerRow);
+      if (first + x < count) Accumulate<Element, kPart>(weight, chunk[x], query_gradient);
+    }
   }
-  __syncwarp();
-
-  float sum[kPart] = {};
-  GatherAccumulate<Element, kHeadDim>(RowBase::Of(params.key, batch, kv_head, lane, kPart), key,
-                                      value, count, sum);
   if (valid && !tile_path) {
-    StoreVector<Element, kPart>(sum, shape.scale,
+    StoreVector<Element, kPart>(query_gradient, shape.scale,
                                 params.query_gradient.Row(batch, query_head, row) + lane * kPart);
   }
 }

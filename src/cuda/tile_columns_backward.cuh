@@ -5,12 +5,13 @@
 // S^T = K.Q^T and dP^T = V.dO^T, then P and dS as 16-bit operands, dV += P^T.dO, dK += dS^T.Q. Four
 // products a score; sums stay in registers and leave as fp32, to which the list path adds its part
 // (support_columns_backward.cuh).
-// K and V are operands in registers, or in shared memory for head size 128.
+// K and V are operands in registers, or in shared memory for head size 128. Keys whose sums came
+// out as NaN or infinite are done again without tensor cores (tile_careful.cuh).
 // Traffic: keys and values once, queries and gradients once a block of keys, from L2.
 #ifndef FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
 
-#include "threshold.cuh"
+#include "tile_careful.cuh"
 #include "tile_product.cuh"
 
 namespace flash_entmax::cuda {
@@ -27,6 +28,7 @@ struct TileColumnsParams {
   int* block_flag;        // (batch * kv_heads) x blocks: 1 where the sums above are valid
   int padded_keys;
   bool all_units;
+  Tensor<const Element> query, output_gradient;  // the tensors of the maps
 };
 
 template <int kHeadDim>
@@ -51,12 +53,60 @@ struct TileColumnsShared {
   alignas(1024) char value[Traits::kBlockBytes + 16];
   alignas(128) float threshold[Traits::kStages][Traits::kStepQueries];
   alignas(128) float delta[Traits::kStages][Traits::kStepQueries];
+  int work_count;                    // blocks of keys of all heads; here to save a register
   int first_query[Traits::kStages];  // -1: the block of keys is done
   uint64_t full[Traits::kStages];
   uint64_t empty[Traits::kStages];
   uint64_t block_full;
   uint64_t block_empty;
 };
+
+// Sums again over the queries of flagged units, for those of the warp's 16 keys from `first_key`
+// that are `bad` (two keys a thread, as in an accumulator).
+template <class Element, int kHeadDim, AlphaMode kAlpha>
+__device__ __forceinline__ void RedoKeys(const TileColumnsParams<Element>& params,
+                                         const TileRule<kAlpha>& rule, int kv, int first_key,
+                                         const int (&bad)[2]) {
+  constexpr int kPart = kHeadDim / kLanesPerRow;
+  const Shape& shape = params.shape;
+  const int lane = threadIdx.x % kLanesPerRow, part = threadIdx.x % kWarpSize / kLanesPerRow;
+  const int batch = kv / shape.kv_heads, kv_head = kv % shape.kv_heads;
+#pragma unroll 1
+  for (int index = part; index < kStripRows; index += kRowsPerWarp) {
+    const bool active = OfRow(bad, index) && first_key + index < shape.keys;
+    if (!__any_sync(kFullWarp, active)) continue;
+    const int key = active ? first_key + index : 0;
+    float key_row[kPart], value_row[kPart], key_sum[kPart] = {}, value_sum[kPart] = {};
+    LoadVector<Element, kPart>(params.key.Row(batch, kv_head, key) + lane * kPart, key_row);
+    LoadVector<Element, kPart>(params.value.Row(batch, kv_head, key) + lane * kPart, value_row);
+#pragma unroll 1
+    for (int member = 0; member < shape.group; ++member) {
+      const int query_head = kv_head * shape.group + member;
+      const int head = batch * shape.heads + query_head;
+      const int64_t first_row = static_cast<int64_t>(head) * shape.padded_queries;
+#pragma unroll 1
+      for (int first = 0; first < shape.queries; first += Shape::kUnitRows) {
+        const int unit = head * shape.Units() + first / Shape::kUnitRows;
+        if (!params.all_units && params.saved.unit_flag[unit] == kListPath) continue;
+        CarefulKeyGradients<Element, kHeadDim, kAlpha>(
+            rule, shape, RowBase::Of(params.query, batch, query_head, lane, kPart),
+            RowBase::Of(params.output_gradient, batch, query_head, lane, kPart),
+            params.saved.threshold + first_row, params.delta + first_row, first,
+            min(first + Shape::kUnitRows, shape.queries), key, active, lane, key_row, value_row,
+            key_sum, value_sum);
+      }
+    }
+    if (active) {
+      const int64_t offset =
+          (static_cast<int64_t>(kv) * params.padded_keys + key) * kHeadDim + lane * kPart;
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        params.key_gradient[offset + i] = key_sum[i];
+        params.value_gradient[offset + i] = value_sum[i];
+      }
+    }
+  }
+}
 
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
@@ -74,8 +124,8 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const int group = __shfl_sync(kFullWarp, thread / kWarpGroupThreads, 0);
   const int blocks = params.padded_keys / Traits::kBlockKeys;
-  const int work_count = blocks * shape.KeyHeads();
   if (thread == 0) {
+    shared.work_count = blocks * shape.KeyHeads();
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       cute::initialize_barrier(shared.full[stage], 1);
       cute::initialize_barrier(shared.empty[stage], Traits::kConsumerThreads / kWarpSize);
@@ -91,7 +141,7 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
   if (group == Traits::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
     if (thread != Traits::kConsumerThreads) return;
-    for (int work = blockIdx.x; work < work_count; work += gridDim.x) {
+    for (int work = blockIdx.x; work < shared.work_count; work += gridDim.x) {
       const int kv = work % shape.KeyHeads();
       const int first_key = work / shape.KeyHeads() * Traits::kBlockKeys;
       const int batch = kv / shape.kv_heads, kv_head = kv % shape.kv_heads;
@@ -138,12 +188,11 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
   }
 
   cutlass::arch::warpgroup_reg_alloc<240>();
-  const AlphaRule<kAlpha> rule(shape.alpha);
-  const int warp = thread / kWarpSize % 4;
-  for (int work = blockIdx.x; work < work_count; work += gridDim.x) {
+  const TileRule<kAlpha> rule(shape.alpha);
+  for (int work = blockIdx.x; work < shared.work_count; work += gridDim.x) {
     const int kv = work % shape.KeyHeads(), block = work / shape.KeyHeads();
     const int batch = kv / shape.kv_heads, kv_head = kv % shape.kv_heads;
-    const int block_row = group * 64 + warp * kStripRows + lane / 4;
+    const int block_row = thread / kWarpSize * kStripRows + lane / 4;
     const int key = block * Traits::kBlockKeys + block_row;
     uint32_t key_operand[Traits::kSharedOperands ? 1 : kHeadDim / 4];
     uint32_t value_operand[Traits::kSharedOperands ? 1 : kHeadDim / 4];
@@ -172,9 +221,11 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
       Fence(gradients);
       cute::warpgroup_arrive();
       if constexpr (Traits::kSharedOperands) {
-        IssueSharedScores<Element, kHeadDim>(shared.key, Traits::kBlockKeys, group * 64, query_tile,
+        // Not `group`: the broadcast needs no register over the loop.
+        const int group_key = __shfl_sync(kFullWarp, thread / kWarpGroupThreads, 0) * 64;
+        IssueSharedScores<Element, kHeadDim>(shared.key, Traits::kBlockKeys, group_key, query_tile,
                                              kStep, 0, scores);
-        IssueSharedScores<Element, kHeadDim>(shared.value, Traits::kBlockKeys, group * 64,
+        IssueSharedScores<Element, kHeadDim>(shared.value, Traits::kBlockKeys, group_key,
                                              gradient_tile, kStep, 0, gradients);
       } else {
         IssueScores<Element, kHeadDim>(key_operand, query_tile, kStep, 0, scores);
@@ -234,6 +285,13 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
       StoreSums<kHeadDim>(key_sum, 1.0f, params.key_gradient + offset, block_row, lane);
       StoreSums<kHeadDim>(value_sum, 1.0f / ElementTraits<Element>::kWeightScale,
                           params.value_gradient + offset, block_row, lane);
+      int bad[2] = {0, 0};
+      FindNonFinite(key_sum, bad);
+      FindNonFinite(value_sum, bad);
+      if (__any_sync(kFullWarp, bad[0] || bad[1])) {
+        __syncwarp();
+        RedoKeys<Element, kHeadDim, kAlpha>(params, rule, kv, key - lane / 4, bad);
+      }
     }
     if (thread == 0) params.block_flag[kv * blocks + block] = any;
   }

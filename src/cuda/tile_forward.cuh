@@ -1,23 +1,28 @@
-// Forward for units of 128 queries whose supports are too large for lists (or for all units).
+// Forward for units of 128 queries whose supports are too large for lists (or
+// for all units).
 //
-// A persistent CTA: a producer warp and two warp groups of 64 queries. Keys stream through shared
-// memory several times; scores are recomputed on the tensor cores each time and never stored.
-//   sample passes  (long rows) about 16 key tiles stand for all: an estimate of each threshold;
-//   full passes    mass and slope at the present threshold, one Newton step each (threshold.cuh).
-//                  From either side a step lands at or left of the root, so the sample may be wrong
-//                  without harm. Passes repeat until the last step's error, of the order of
-//                  (mass - 1)^2 / slope, is below 1e-6 in every row;
-//   output pass    p = w^(1/(alpha-1)) rounded to 16 bits, output = P.V, and with `kSave` the mean
-//   of
+// A persistent CTA: a producer warp and two warp groups of 64 queries. Keys
+// stream through shared memory several times; scores are recomputed on the
+// tensor cores each time and never stored.
+//   sample passes  (long rows) about 16 key tiles stand for all: an estimate of
+//   each threshold; full passes    mass and slope at the present threshold, one
+//   Newton step each (threshold.cuh).
+//                  From either side a step lands at or left of the root, so the
+//                  sample may be wrong without harm. Passes repeat until the
+//                  last step's error, of the order of (mass - 1)^2 / slope, is
+//                  below 1e-6 in every row;
+//   output pass    p = w^(1/(alpha-1)) rounded to 16 bits, output = P.V, and
+//   with `kSave` the mean of
 //                  V under u = p^(2-alpha), which the backward needs.
-// The product of the next 64 keys is in flight while the present ones are looked at.
-// Traffic: queries once, keys about 3 times and values once a unit, from L2.
+// The product of the next 64 keys is in flight while the present ones are
+// looked at. Traffic: queries once, keys about 3 times and values once a unit,
+// from L2.
 #ifndef FLASH_ENTMAX_CUDA_TILE_FORWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_FORWARD_CUH_
 
 #include <cfloat>
 
-#include "threshold.cuh"
+#include "tile_careful.cuh"
 #include "tile_product.cuh"
 
 namespace flash_entmax::cuda {
@@ -30,8 +35,18 @@ struct TileForwardParams {
   const RowBound* bound;  // from screening; null: none
   SavedState saved;
   Control* control;
-  bool all_units;  // every unit, not only the flagged ones
+  bool all_units;                    // every unit, not only the flagged ones
+  Tensor<const Element> key, value;  // the tensors of the maps
 };
+
+// Packs a 64 x 64 accumulator as operand A.
+template <class Element>
+__device__ __forceinline__ void PackOperand(const float (&accumulator)[32], uint32_t (&a)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    a[i] = ElementTraits<Element>::Pack(accumulator[2 * i], accumulator[2 * i + 1]);
+  }
+}
 
 template <int kHeadDim, bool kSave>
 struct TileForwardTraits {
@@ -164,8 +179,8 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
         }
       }
     };
-    // Streams tiles first_tile, first_tile + stride, ... and calls look(scores) for 64 keys at a
-    // time.
+    // Streams tiles first_tile, first_tile + stride, ... and calls look(scores)
+    // for 64 keys at a time.
     const auto for_each_step = [&](int first_tile, int stride, auto look) {
 #pragma unroll 1
       for (int tile = first_tile; tile < tiles; tile += stride) {
@@ -277,18 +292,20 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
         for (int i = 0; i < 2; ++i) {
           const float row_mass = QuadSum(mass[i]), row_slope = QuadSum(slope[i]);
           const float delta = rule.Step(row_mass, row_slope);
-          // Excesses above 1 were cut off where the threshold was too low: the sums do not count.
+          // Excesses above 1 were cut off where the threshold was too low: the
+          // sums do not count.
           const bool exact = threshold[i] >= coefficient * maximum[i] - 1.00001f;
           const bool finite = fabsf(delta) < FLT_MAX;
-          // A step's error is about (mass - 1)^2 / (10 slope), in tau; more where u jumps (alpha =
-          // 2).
+          // A step's error is about (mass - 1)^2 / (10 slope), in tau; more
+          // where u jumps (alpha = 2).
           constexpr float kSettled = kAlpha == AlphaMode::kOneAndHalf ? 5e-6f : 1e-6f;
           const float excess = fabsf(row_mass - 1.0f);
           const bool settled =
               exact &&
               (excess <= 1e-3f || (excess <= 2e-2f && excess * excess <= kSettled * row_slope) ||
                fabsf(delta) <= 2e-7f * fmaxf(1.0f, fabsf(threshold[i])));
-          // An estimate above every score leaves no mass: start again from the maximum - 1.
+          // An estimate above every score leaves no mass: start again from the
+          // maximum - 1.
           threshold[i] = finite ? threshold[i] + delta : -FLT_MAX;
           if (!(maximum[i] < INFINITY)) threshold[i] = NAN;
           unsettled |= visible[i] > 0 && !settled && !isnan(threshold[i]);
@@ -362,7 +379,8 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
       }
     }
 
-    // Rows without keys: zero output, threshold +inf. Rows with a NaN score: NaN.
+    // Rows without keys: zero output, threshold +inf. Rows with a NaN score:
+    // NaN.
     float factor[2], weighted_factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -375,14 +393,42 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
         if (params.all_units) params.saved.support_count[padded_row + 8 * i] = 0;
       }
     }
-    StoreRows<Element, kHeadDim>(output, factor[0], factor[1],
-                                 params.output.Row(batch, query_head, 0), params.output.strides.row,
+    Element* const outputs = params.output.Row(batch, query_head, 0);
+    StoreRows<Element, kHeadDim>(output, factor[0], factor[1], outputs, params.output.strides.row,
                                  row, shape.queries, lane);
+    Element* means = nullptr;
     if constexpr (kSave) {
-      Element* const base = static_cast<Element*>(params.saved.weighted_value) +
-                            static_cast<size_t>(head) * shape.padded_queries * kHeadDim;
-      StoreRows<Element, kHeadDim>(weighted, weighted_factor[0], weighted_factor[1], base, kHeadDim,
-                                   row, shape.queries, lane);
+      means = static_cast<Element*>(params.saved.weighted_value) +
+              static_cast<size_t>(head) * shape.padded_queries * kHeadDim;
+      StoreRows<Element, kHeadDim>(weighted, weighted_factor[0], weighted_factor[1], means,
+                                   kHeadDim, row, shape.queries, lane);
+    }
+
+    // Infinities or NaN from values that the row does not keep: again without
+    // them.
+    int bad[2] = {0, 0};
+    FindNonFinite(output, bad);
+    if constexpr (kSave) FindNonFinite(weighted, bad);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) bad[i] = bad[i] && !isnan(threshold[i]);
+    if (__any_sync(kFullWarp, bad[0] || bad[1])) {
+      __syncwarp();
+      constexpr int kPart = kHeadDim / kLanesPerRow;
+      const TileRule<kAlpha> careful(shape.alpha);
+      const int part = lane / kLanesPerRow, part_lane = lane % kLanesPerRow;
+      const int kv_head = query_head / shape.group;
+      const RowBase keys = RowBase::Of(params.key, batch, kv_head, part_lane, kPart);
+      const RowBase values = RowBase::Of(params.value, batch, kv_head, part_lane, kPart);
+#pragma unroll 1
+      for (int index = part; index < kStripRows; index += kRowsPerWarp) {
+        const bool again = OfRow(bad, index) && warp_row + index < shape.queries;
+        const int own_row = again ? warp_row + index : 0;
+        CarefulOutput<Element, kHeadDim, kAlpha>(
+            careful, coefficient, params.query.Row(batch, query_head, own_row), keys, values,
+            OfRow(threshold, index), again, again ? shape.VisibleKeys(own_row) : 0, part_lane,
+            outputs + own_row * params.output.strides.row,
+            means ? means + static_cast<int64_t>(own_row) * kHeadDim : nullptr);
+      }
     }
   }
 }

@@ -172,14 +172,46 @@ __device__ __forceinline__ void LoadOperand(const Element* head, int64_t row_str
   }
 }
 
-// Packs a 64 x 64 accumulator as operand A.
-template <class Element>
-__device__ __forceinline__ void PackOperand(const float (&accumulator)[32], uint32_t (&a)[16]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    a[i] = ElementTraits<Element>::Pack(accumulator[2 * i], accumulator[2 * i + 1]);
+// Copies rows [row, row + 64) to the rows from `tile_row` of a tile in shared memory, in the layout
+// of a tensor copy: boxes of 64 columns, the eight 16-byte chunks of a row exchanged by row number.
+// Rows at or past `row_count` become zero. By all threads of a warp group, which must meet at a
+// barrier before the tile is used as operand A (IssueSharedScores).
+template <class Element, int kHeadDim>
+__device__ __forceinline__ void LoadSharedOperand(const Element* head, int64_t row_stride, int row,
+                                                  int row_count, char* tile, int box_rows,
+                                                  int tile_row) {
+  static_assert(kBoxColumns<kHeadDim> == 64);
+  constexpr int kChunks = kHeadDim / 8;
+  for (int i = threadIdx.x % kWarpGroupThreads; i < 64 * kChunks; i += kWarpGroupThreads) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    const bool valid = row + r < row_count;
+    const Element* const source = head + (valid ? row + r : 0) * row_stride + chunk * 8;
+    const uint4 words =
+        valid ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
+    char* const destination = tile + (chunk / 8 * box_rows + tile_row + r) * 128;
+    reinterpret_cast<uint4*>(destination)[chunk % 8 ^ (tile_row + r) % 8] = words;
   }
+  cutlass::arch::fence_view_async_shared();
 }
+
+// Where the 16 queries of a warp lie that takes part in a unit of 128.
+struct UnitRows {
+  int head;  // batch * heads + query_head
+  int batch;
+  int query_head;
+  int warp_row;
+
+  __device__ __forceinline__ UnitRows(const Shape& shape, int unit)
+      : head(unit / shape.Units()),
+        batch(head / shape.heads),
+        query_head(head - batch * shape.heads),
+        warp_row((unit - head * shape.Units()) * Shape::kUnitRows +
+                 static_cast<int>(threadIdx.x) / kWarpSize * kStripRows) {}
+
+  __device__ __forceinline__ int64_t PaddedRow(const Shape& shape, int row) const {
+    return static_cast<int64_t>(head) * shape.padded_queries + row;
+  }
+};
 
 // Writes a 64 x head_dim accumulator times a factor as fp32 rows of head_dim.
 template <int kHeadDim>

@@ -4,11 +4,12 @@
 // each 64 keys: S = Q.K^T and dP = dO.V^T, then with w = [z - tau]+ and u = w^((2-alpha)/(alpha-1))
 // dS = u (dP - delta) rounded to 16 bits, and dQ += dS.K. delta = dO . (mean of V under u), which
 // the forward saved. Three products a score; no two CTAs add to the same row, so nothing is atomic.
+// Rows that a NaN or infinity reached are done again without tensor cores (tile_careful.cuh).
 // Traffic: queries and gradients once, keys and values once a unit, from L2.
 #ifndef FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
 
-#include "threshold.cuh"
+#include "tile_careful.cuh"
 #include "tile_product.cuh"
 
 namespace flash_entmax::cuda {
@@ -22,6 +23,7 @@ struct TileRowsParams {
   const Control* control;
   float* delta;  // (batch * heads) x padded_queries
   bool all_units;
+  Tensor<const Element> key, value;  // the tensors of the maps
 };
 
 template <int kHeadDim>
@@ -55,6 +57,48 @@ __device__ __forceinline__ void ForEachUnit(const Shape& shape, const int* unit_
         unit % shape.Units() * Shape::kUnitRows < shape.queries) {
       body(unit);
     }
+  }
+}
+
+// Writes a warp's rows of dQ.
+template <class Element, int kHeadDim, AlphaMode kAlpha>
+__device__ __forceinline__ void StoreQueryGradients(const TileRowsParams<Element>& params,
+                                                    const TileRule<kAlpha>& rule, int unit,
+                                                    const float (&threshold)[2],
+                                                    const float (&delta)[2],
+                                                    const float (&sum)[kHeadDim / 2]) {
+  const Shape& shape = params.shape;
+  const int lane = threadIdx.x % kWarpSize;
+  const UnitRows rows(shape, unit);
+  Element* const gradients = params.query_gradient.Row(rows.batch, rows.query_head, 0);
+  const int64_t stride = params.query_gradient.strides.row;
+  int bad[2] = {0, 0};
+  FindNonFinite(sum, bad);
+  float factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    // Rows with NaN or +inf among their scores have a NaN threshold.
+    const bool undefined = isnan(threshold[i]);
+    factor[i] = undefined ? NAN : shape.scale;
+    bad[i] = bad[i] && !undefined;
+  }
+  StoreRows<Element, kHeadDim>(sum, factor[0], factor[1], gradients, stride,
+                               rows.warp_row + lane / 4, shape.queries, lane);
+  if (!__any_sync(kFullWarp, bad[0] || bad[1])) return;
+  __syncwarp();
+  constexpr int kPart = kHeadDim / kLanesPerRow;
+  const int part_lane = lane % kLanesPerRow, kv_head = rows.query_head / shape.group;
+  const RowBase keys = RowBase::Of(params.key, rows.batch, kv_head, part_lane, kPart);
+  const RowBase values = RowBase::Of(params.value, rows.batch, kv_head, part_lane, kPart);
+#pragma unroll 1
+  for (int index = lane / kLanesPerRow; index < kStripRows; index += kRowsPerWarp) {
+    const bool again = OfRow(bad, index) && rows.warp_row + index < shape.queries;
+    const int row = again ? rows.warp_row + index : 0;
+    CarefulQueryGradient<Element, kHeadDim, kAlpha>(
+        rule, shape, params.query.Row(rows.batch, rows.query_head, row),
+        params.output_gradient.Row(rows.batch, rows.query_head, row), keys, values,
+        OfRow(threshold, index), OfRow(delta, index), again, again ? shape.VisibleKeys(row) : 0,
+        part_lane, gradients + row * stride);
   }
 }
 
@@ -106,31 +150,28 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
   }
 
   cutlass::arch::warpgroup_reg_alloc<240>();
-  const AlphaRule<kAlpha> rule(shape.alpha);
-  const int warp = thread / kWarpSize % 4;
+  const TileRule<kAlpha> rule(shape.alpha);
   ForEachUnit(shape, unit_flag, [&](int unit) {
-    const int head = unit / shape.Units();
-    const int batch = head / shape.heads, query_head = head % shape.heads;
-    const int warp_row = unit % shape.Units() * Shape::kUnitRows + group * 64 + warp * kStripRows;
-    const int row = warp_row + lane / 4;
+    const UnitRows rows(shape, unit);
+    const int row = rows.warp_row + lane / 4;
     const int visible[2] = {shape.VisibleKeys(row), shape.VisibleKeys(row + 8)};
-    const int warp_keys = warp_row + kStripRows > shape.queries ? 0 : shape.VisibleKeys(warp_row);
+    const int warp_keys =
+        rows.warp_row + kStripRows > shape.queries ? 0 : shape.VisibleKeys(rows.warp_row);
     const int tiles = UnitTiles(shape, unit, Traits::kTileKeys);
-    const size_t padded_row = static_cast<size_t>(head) * shape.padded_queries + row;
+    const int64_t padded_row = rows.PaddedRow(shape, row);
 
     uint32_t query[kHeadDim / 4], gradient[kHeadDim / 4];
-    LoadOperand<Element, kHeadDim>(params.query.Row(batch, query_head, 0), params.query.strides.row,
-                                   row, shape.queries, lane, query);
-    LoadOperand<Element, kHeadDim>(params.output_gradient.Row(batch, query_head, 0),
+    LoadOperand<Element, kHeadDim>(params.query.Row(rows.batch, rows.query_head, 0),
+                                   params.query.strides.row, row, shape.queries, lane, query);
+    LoadOperand<Element, kHeadDim>(params.output_gradient.Row(rows.batch, rows.query_head, 0),
                                    params.output_gradient.strides.row, row, shape.queries, lane,
                                    gradient);
     float threshold[2], delta[2] = {0, 0};
     {
       uint32_t mean[kHeadDim / 4];
-      LoadOperand<Element, kHeadDim>(
-          static_cast<const Element*>(params.saved.weighted_value) +
-              static_cast<size_t>(head) * shape.padded_queries * kHeadDim,
-          kHeadDim, row, shape.queries, lane, mean);
+      LoadOperand<Element, kHeadDim>(static_cast<const Element*>(params.saved.weighted_value) +
+                                         rows.PaddedRow(shape, 0) * kHeadDim,
+                                     kHeadDim, row, shape.queries, lane, mean);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 4; ++i) {
         const float2 a = ElementTraits<Element>::Unpack(mean[i]);
@@ -138,14 +179,12 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
         delta[i & 1] = fmaf(a.x, b.x, fmaf(a.y, b.y, delta[i & 1]));
       }
     }
-    bool undefined[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       threshold[i] = params.saved.threshold[padded_row + 8 * i];
-      undefined[i] = isnan(threshold[i]);
       delta[i] = QuadSum(delta[i]);
       // Rows without a distribution must not reach the gradients of their keys.
-      if (undefined[i] || visible[i] == 0) delta[i] = 0.0f;
+      if (isnan(threshold[i]) || visible[i] == 0) delta[i] = 0.0f;
       if (lane % 4 == 0) params.delta[padded_row + 8 * i] = delta[i];
     }
 
@@ -200,10 +239,10 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
       if (lane == 0) cute::arrive_barrier(shared.empty[position.stage]);
       position.Advance();
     }
-    StoreRows<Element, kHeadDim>(sum, undefined[0] ? NAN : shape.scale,
-                                 undefined[1] ? NAN : shape.scale,
-                                 params.query_gradient.Row(batch, query_head, 0),
-                                 params.query_gradient.strides.row, row, shape.queries, lane);
+    // The broadcast makes the compiler compute where the rows lie again instead of keeping it in
+    // registers over the loop.
+    StoreQueryGradients<Element, kHeadDim, kAlpha>(params, rule, __shfl_sync(kFullWarp, unit, 0),
+                                                   threshold, delta, sum);
   });
 }
 

@@ -1,0 +1,38 @@
+"""The shared table of benchmark workloads (bench/workloads.h), on the GPU with PyTorch."""
+
+import math
+
+import torch
+
+
+def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0):
+    """query, key, value, output gradient of (batch, heads, n, size).
+
+    gauss(s): q ~ s N(0, 1), k ~ N(0, 1), so that scores have standard deviation s. topic(C):
+    segments of 256 positions, each on one of C topics. local: q, k smooth in the position.
+    """
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g, device="cuda")
+    shape = (batch, heads, n, size)
+    if name.startswith("gauss"):
+        q, k = normal(*shape) * float(name[5:]), normal(*shape)
+    elif name.startswith("topic"):
+        topics = int(name[5:])
+        centre = torch.nn.functional.normalize(normal(batch, heads, topics, size), dim=-1)
+        centre = centre * math.sqrt(6 * math.sqrt(size))
+        topic = torch.randint(topics, (batch, heads, (n + 255) // 256), generator=g, device="cuda")
+        topic = topic.repeat_interleave(256, 2)[:, :, :n, None].expand(-1, -1, -1, size)
+        base = torch.gather(centre, 2, topic)
+        q, k = base + 0.7 * normal(*shape), base + 0.7 * normal(*shape)
+    elif name == "local":
+        rho = 0.98
+        base = normal(*shape) * math.sqrt(1 - rho * rho)
+        base[:, :, 0] /= math.sqrt(1 - rho * rho)
+        step, factor = 1, rho
+        while step < n:  # b_t = rho b_(t-1) + noise, by doubling
+            base[:, :, step:] = base[:, :, step:] + factor * base[:, :, :-step]
+            step, factor = 2 * step, factor * factor
+        q, k = base + 0.3 * normal(*shape), base + 0.3 * normal(*shape)
+    else:
+        raise ValueError(f"workload: got {name!r}; must be gauss<s>, topic<C> or local")
+    return [t.to(dtype) for t in (q, k, normal(*shape), normal(*shape))]

@@ -1,0 +1,57 @@
+"""Compiler launcher for device code: fails on what ptxas only mentions.
+
+Usage: check_device_code.py COMMAND... (nvcc, perhaps behind ccache, with -Xptxas=-v)
+
+Runs the command. Its report of registers goes to <object>.resources; everything else it says is
+shown. The build fails when a kernel spills more registers than ALLOWED says, or when ptxas serialises asynchronous
+tensor-core products (C7508 and its neighbours), which costs most of their speed without an error.
+"""
+
+import re
+import subprocess
+import sys
+
+SERIALISED = re.compile(r"C75(08|10|14|15|17|18)")
+# Bytes of spills (stores and loads together) that a kernel may have; the first match counts, and a
+# kernel without one may not spill. What is listed spills outside its innermost loop.
+ALLOWED = [
+    (re.compile(r"RunAgain|Careful|Redo"), 1 << 20),  # second runs over inputs with NaN
+    (re.compile(r"17ShortForward|18ShortForward"), 600),  # addresses, once a strip of 16 queries
+    (re.compile(r"GeneralBackward.*AlphaE2"), 64),  # general alpha
+    (re.compile(r"(GeneralBackward|TiledForward).*(If|Li256E)"), 128),  # float, 256 columns
+    (re.compile(r"GeneralBackward.*ELb0ELb0E"), 400),  # with optional results: their sums
+    (re.compile(r"17TileForwardKernel.*Li128E"), 2000),  # two sums of 64 x 128 a warp group
+]
+ENTRY = re.compile(r"(?:Compiling entry function|Function properties for) '?([\w$]+)'?")
+SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def allowed_bytes(name):
+    return next((limit for pattern, limit in ALLOWED if pattern.search(name)), 0)
+
+
+def main():
+    command = sys.argv[1:]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    target = command[command.index("-o") + 1] if "-o" in command else None
+    report, shown, failures, function = [], [], [], ""
+    for line in result.stderr.splitlines():
+        name = ENTRY.search(line)
+        function = name.group(1) if name else function
+        spill = SPILL.search(line)
+        if spill and int(spill.group(1)) + int(spill.group(2)) > allowed_bytes(function):
+            failures.append(f"{function} spills registers: {line.strip()}")
+        if SERIALISED.search(line):
+            failures.append(line.strip())
+        is_report = line.startswith("ptxas info") or line.startswith("    ") and "bytes" in line
+        (report if is_report else shown).append(line)
+    if target and report:
+        with open(target + ".resources", "w", encoding="utf-8") as file:
+            file.write("\n".join(report) + "\n")
+    for line in shown + failures:
+        print(line, file=sys.stderr)
+    return result.returncode or (1 if failures else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+// Backward of the general kernels, query side: dQ, and what each row adds to the gradients in
+// alpha, ALiBi slope and query_scale. backward_columns.cuh is the key side: dK and dV.
+//
+// With u = p^(2 - alpha) on the support, dP = dO.V and delta the u-weighted mean of dP,
+//
+//   dS = u (dP - delta),   dR = dS cap'(f_i q.k),   f_i = scale query_scale_i,
+//
+//   dQ_i = f_i sum_j dR_ij K_j,   dK_j = sum_i f_i dR_ij Q_i,   dV_j = sum_i p_ij dO_i.
+//
+// delta_i = dO_i . (u-weighted mean of V), a mean that the forward saved; p and u come from the
+// score and the saved threshold. Nothing else is needed, so every block works alone: a block here
+// owns a tile of queries of one head and streams the tiles of keys they can see,
+//
+//   S = Q.K^T; no score above its threshold: done;  X = dO.V^T - delta;  dQ += (u X).K
+//
+// and a block of the key side owns a tile of keys of one key head and streams the queries of all
+// heads of the group. Seven products a pair of tiles with support instead of five, and two without,
+// but no atomics and no sums in global memory: results are the same in every run. Sums stay in
+// registers, p and dS too: accumulators of one product are left operands of the next.
+//
+// Memory: each side reads its own tile once and the streamed tiles once a block, the latter from
+// the L2 cache, as blocks of one head lie next to each other in the grid; each gradient is written
+// once. Streamed tiles come by asynchronous copies, the next while the present one is used.
+//
+// NaN and infinities. Where a pair has weight zero, its tile still multiplies that zero by what the
+// streamed row holds, and 0 * NaN is NaN. Blocks therefore look at their sums at the end; if one is
+// not finite they run again with such elements of streamed rows cleared
+// (BackwardVariant::kCareful). That loses nothing: a row with NaN or infinities in its query or in
+// a key that it sees has the threshold NaN, so that its weights are NaN for all keys that it sees
+// (unless the score is -inf: weight zero); one in dO or a value with weight makes delta so. Only
+// the sums of dV need the cleared elements back (AddClearedGradients).
+#ifndef FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_ROWS_CUH_
+#define FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_ROWS_CUH_
+
+#include "general/backward_tiles.cuh"
+
+namespace flash_entmax::cuda {
+
+// Sums over a row for the optional results.
+struct RowSums {
+  float p_gradient = 0.0f;  // p X, with X = dP - delta in place of dP: the results do not change
+  float u_gradient = 0.0f;  // u X
+  float u = 0.0f;
+  float entropy = 0.0f;           // h = -p log p
+  float entropy_gradient = 0.0f;  // h X
+  float distance = 0.0f;          // dS (-|i' - j|)
+  float product = 0.0f;           // dR scale q.k
+  float u_distance = 0.0f;        // the same two with u in place of dS
+  float u_product = 0.0f;
+};
+
+// One warp's own queries.
+template <class Variant>
+struct QueryRows {
+  using Shape = typename Variant::Shape;
+  using Tile = typename Variant::Tile;
+  using Own = typename Variant::Own;
+  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kTiles = Shape::kChunk / 8;
+  using Scores = float[kRowTiles][kTiles][4];
+
+  const GeneralBackward& call;
+  AlphaCurve curve;
+  const BlockPlace& place;
+  int row;     // the first one, counted in the sequence; a thread has rows Row(m, half)
+  int column;  // first of the gradient columns that this warp sums
+  float slope;
+  float gradient_scale;        // of dR, against overflow in fp16
+  float factor[kRowTiles][2];  // scale * query_scale
+  float threshold[kRowTiles][2];
+  float minus_delta[kRowTiles][2];
+  float sum[kRowTiles][Shape::kColumnTiles][4] = {};  // dQ gradient_scale / factor
+  RowSums results[kRowTiles][2];
+
+  __device__ __forceinline__ QueryRows(const GeneralBackward& backward,
+                                       const BlockPlace& block_place, int first_row,
+                                       int first_column, float scale_of_gradients)
+      : call(backward),
+        curve(CurveOf<Variant::kMode>(backward.problem, block_place.head)),
+        place(block_place),
+        row(first_row),
+        column(first_column),
+        slope(backward.problem.slopes ? backward.problem.slopes[block_place.head] : 0.0f),
+        gradient_scale(scale_of_gradients) {
+    const SequencePart part = place.part;
+    const float* const saved = call.saved.threshold + FirstResult();
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = Row(m, half);
+        // Rows past the end have no weights.
+        threshold[m][half] = r < part.queries ? saved[r] : __int_as_float(0x7f800000);
+        factor[m][half] = Variant::kPlain
+                              ? call.problem.scale
+                              : RowScore::Of(call.problem, part, place.head, curve.order, r).factor;
+      }
+    }
+  }
+
+  // Where results of the sequence's first row lie in arrays of a float a row.
+  __device__ __forceinline__ int64_t FirstResult() const {
+    const GeneralProblem& problem = call.problem;
+    return (static_cast<int64_t>(place.part.batch) * problem.heads + place.head) * problem.queries +
+           place.part.first_query;
+  }
+  __device__ __forceinline__ int Row(int m, int half) const {
+    return row + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
+  }
+  // The key of accumulator e of tile t.
+  static __device__ __forceinline__ int Key(int chunk, int t, int e) {
+    return chunk + 8 * t + 2 * (static_cast<int>(threadIdx.x) % 4) + e % 2;
+  }
+  __device__ __forceinline__ RowScore ScoreOf(int m, int half) const {
+    return {factor[m][half], curve.order, call.problem.softcap, slope,
+            Row(m, half) + place.part.keys - place.part.queries};
+  }
+
+  // Adds what a streamed tile of keys, the first of them `first`, contributes.
+  __device__ __forceinline__ void Add(const Own& query, const Own& gradient, const Tile& key,
+                                      const Tile& value, const float* key_is_finite, int first) {
+    const RowRange seen_by_any = place.band.SeenByAny(row, Shape::kWarpRows);
+    const RowRange seen_by_all = place.band.SeenByAll(row, Shape::kWarpRows);
+    const int begin = max(0, seen_by_any.first - first) / Shape::kChunk * Shape::kChunk;
+    const int end = min(Shape::kStreamedRows, seen_by_any.end - first);
+#pragma unroll 1
+    for (int offset = begin; offset < end; offset += Shape::kChunk) {
+      const int chunk = first + offset;
+      const bool masked = chunk < seen_by_all.first || chunk + Shape::kChunk > seen_by_all.end;
+
+      Scores dot = {};
+      AddDotProducts(query, key, offset, dot);
+      Scores w;  // positive part of z - tau
+      if (!Excess(dot, chunk, masked, key_is_finite + offset, w)) continue;
+
+      Scores x;  // dP - delta, then dR
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[m][t][e] = minus_delta[m][e / 2];
+        }
+      }
+      AddDotProducts(gradient, value, offset, x);
+      ScoreGradients(dot, w, chunk, x);
+      AddWeightedRows(x, key, offset, column, sum);
+    }
+  }
+
+  // True in all lanes if any weight of the warp is positive or NaN.
+  __device__ __forceinline__ bool Excess(const Scores& dot, int chunk, bool masked,
+                                         const float* key_is_finite, Scores& w) const {
+    const float plain_factor = call.problem.scale * curve.order;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if constexpr (Variant::kPlain) {
+            w[m][t][e] = fmaf(dot[m][t][e], plain_factor, -threshold[m][e / 2]);
+          } else {
+            w[m][t][e] = ScoreOf(m, e / 2).Z(dot[m][t][e], Key(chunk, t, e)) - threshold[m][e / 2];
+          }
+        }
+      }
+    }
+    if (masked) {
+      const Band band = place.band;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (!band.Sees(Row(m, e / 2), Key(chunk, t, e))) w[m][t][e] = 0.0f;
+          }
+        }
+      }
+    }
+    if constexpr (Variant::kCareful) {
+      // With a threshold that is a number the score of such a key was -inf, before it was cleared.
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (key_is_finite[Key(0, t, e)] == 0.0f && !isnan(w[m][t][e])) w[m][t][e] = 0.0f;
+          }
+        }
+      }
+    }
+    return AnyPositive(w);
+  }
+
+  // Turns x = dP - delta into dR, and adds to the sums of the rows.
+  __device__ __forceinline__ void ScoreGradients(const Scores& dot, const Scores& w, int chunk,
+                                                 Scores& x) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (Variant::kCareful && w[m][t][e] == 0.0f) {
+            x[m][t][e] = 0.0f;
+            continue;
+          }
+          const auto [p, u] = Probability::Of<Variant::kMode>(w[m][t][e], curve.inverse - 1.0f);
+          const float dp = x[m][t][e];
+          x[m][t][e] = u * dp;
+          if constexpr (!Variant::kPlain) {
+            const float ds = x[m][t][e];
+            const RowScore score = ScoreOf(m, e / 2);
+            x[m][t][e] *= score.CapDerivative(dot[m][t][e]);
+            if (w[m][t][e] != 0.0f) {
+              const float distance = fabsf(static_cast<float>(score.position - Key(chunk, t, e)));
+              RowSums& sums = results[m][e / 2];
+              const float product =
+                  score.CapDerivative(dot[m][t][e]) * call.problem.scale * dot[m][t][e];
+              sums.distance = fmaf(ds, -distance, sums.distance);
+              sums.product = fmaf(ds, product, sums.product);
+              sums.u_gradient += ds;
+              sums.u += u;
+              sums.u_distance = fmaf(u, -distance, sums.u_distance);
+              sums.u_product = fmaf(u, product, sums.u_product);
+              if (call.alpha_rows) AddToAlpha(w[m][t][e], p, dp, &sums);
+            }
+          }
+          if constexpr (Variant::kCareful) x[m][t][e] *= gradient_scale;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void AddToAlpha(float w, float p, float dp, RowSums* sums) const {
+    // log p = log(w) / (alpha - 1).
+    const float entropy = p == 0.0f ? 0.0f : -p * curve.inverse * logf(w);
+    sums->p_gradient = fmaf(p, dp, sums->p_gradient);
+    sums->entropy += entropy;
+    sums->entropy_gradient = fmaf(entropy, dp, sums->entropy_gradient);
+  }
+
+  // Optional results of the rows; call with all lanes.
+  __device__ __forceinline__ void StoreResults() const {
+    const int64_t first = FirstResult();
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const RowSums& mine = results[m][half];
+        const float p_gradient = QuadSum(mine.p_gradient), u_gradient = QuadSum(mine.u_gradient);
+        const float u = QuadSum(mine.u), entropy = QuadSum(mine.entropy);
+        const float entropy_gradient = QuadSum(mine.entropy_gradient);
+        const float distance = QuadSum(mine.distance), product = QuadSum(mine.product);
+        const float u_distance = QuadSum(mine.u_distance), u_product = QuadSum(mine.u_product);
+        const int r = Row(m, half);
+        if (r >= place.part.queries || threadIdx.x % 4 != 0) continue;
+        // The mean under u of what should have mean zero: the delta that was subtracted came from a
+        // rounded mean of V.
+        const float mean = u == 0.0f ? 0.0f : u_gradient / u;
+        if (call.alpha_rows) {
+          const float m1 = curve.inverse;
+          call.alpha_rows[first + r] =
+              u == 0.0f ? 0.0f
+                        : m1 * (m1 * (p_gradient - mean) + (entropy_gradient - mean * entropy));
+        }
+        if (call.slope_rows) call.slope_rows[first + r] = distance - mean * u_distance;
+        if (call.query_scale_rows) {
+          call.query_scale_rows[first + r] = product - mean * u_product;
+        }
+      }
+    }
+  }
+
+  // Sum over the four lanes that share rows.
+  static __device__ __forceinline__ float QuadSum(float x) {
+    x += __shfl_xor_sync(kAllLanes, x, 1);
+    return x + __shfl_xor_sync(kAllLanes, x, 2);
+  }
+};
+
+// The gradients of query tile `tile` of a head. False, in all threads, if a sum was not finite.
+template <class Variant>
+__device__ __forceinline__ bool BackwardRows(const GeneralBackward& call, int head, int tile,
+                                             const typename Variant::Shared& shared,
+                                             float gradient_scale) {
+  using Element = typename Variant::Element;
+  using Shape = typename Variant::Shape;
+  constexpr int kHeadDim = Variant::kHeadDim;
+  constexpr int kStreamed = Shape::kStreamedRows, kOwn = Shape::kOwnRows;
+  const GeneralProblem& problem = call.problem;
+  BlockPlace& place = shared.Place();
+  if (threadIdx.x == 0) place = BlockPlace::Of<false>(problem, head, tile, kOwn);
+  __syncthreads();
+  const SequencePart& part = place.part;
+  const RowRange& keys = place.streamed;
+  if (place.first >= part.queries) return true;
+
+  const auto query_position = [&](int columns) {
+    return TilePosition{part.batch,  place.head,   part.first_query,
+                        place.first, part.queries, columns};
+  };
+  const auto load_streamed = [&](int first, int stage) {
+    TilePosition at{part.batch,      place.head / problem.group, part.first_key, first, part.keys,
+                    problem.head_dim};
+    LoadTile<Element, kHeadDim, kStreamed>(shared.Streamed(stage, 0), call.key, at);
+    at.columns = problem.value_dim;
+    LoadTile<Element, kHeadDim, kStreamed>(shared.Streamed(stage, 1), call.value, at);
+    CommitCopies();
+  };
+
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+  const int own_row = warp / Shape::kParts * Shape::kWarpRows;
+  const int column = warp % Shape::kParts * (kHeadDim / Shape::kParts);
+
+  LoadTile<Element, kHeadDim, kOwn>(shared.Own(0), call.query, query_position(problem.head_dim));
+  LoadTile<Element, kHeadDim, kOwn>(shared.Own(1), call.output_gradient,
+                                    query_position(problem.value_dim));
+  LoadTile<Element, kHeadDim, kOwn>(shared.OwnMean(), WeightedValue<Element>(call),
+                                    query_position(problem.value_dim));
+  if (keys.first < keys.end) load_streamed(keys.first, 0);
+  CommitCopies();
+  QueryRows<Variant> rows(call, place, place.first + own_row, column, gradient_scale);
+  WaitCopies<0>();
+  __syncthreads();
+  const typename Variant::Own query(shared.Own(0), own_row);
+  const typename Variant::Own gradient(shared.Own(1), own_row);
+#pragma unroll
+  for (int m = 0; m < Shape::kRowTiles; ++m) {
+    float delta[2];
+    DiagonalProducts(shared.Own(1), shared.OwnMean(), own_row + 16 * m, delta);
+    rows.minus_delta[m][0] = -delta[0];
+    rows.minus_delta[m][1] = -delta[1];
+  }
+
+  int stage = 0;
+#pragma unroll 1
+  for (int first = keys.first; first < keys.end; first += kStreamed) {
+    if (Shape::kStages == 1 && first > keys.first) {
+      __syncthreads();
+      load_streamed(first, 0);
+    }
+    WaitCopies<0>();
+    __syncthreads();  // The tile is here, and nobody reads the other stage any more.
+    if (Shape::kStages == 2 && first + kStreamed < keys.end) {
+      load_streamed(first + kStreamed, stage ^ 1);
+    }
+    if constexpr (Variant::kCareful) {
+      if (threadIdx.x < kStreamed) shared.KeyIsFinite()[threadIdx.x] = 1.0f;
+      __syncthreads();
+      ClearNonFinite(shared.Streamed(stage, 0), kStreamed, shared.KeyIsFinite());
+      __syncthreads();
+    }
+    rows.Add(query, gradient, shared.Streamed(stage, 0), shared.Streamed(stage, 1),
+             shared.KeyIsFinite(), first);
+    if (Shape::kStages == 2) stage ^= 1;
+  }
+
+  if constexpr (!Variant::kPlain) {
+    if (column == 0) rows.StoreResults();
+  }
+#pragma unroll
+  for (int m = 0; m < Shape::kRowTiles; ++m) {
+    rows.factor[m][0] /= gradient_scale;
+    rows.factor[m][1] /= gradient_scale;
+  }
+  const bool finite = !__syncthreads_or(!AllFinite(rows.sum));
+  PutSums(rows.sum, rows.factor, shared.Own(0), own_row, column);
+  __syncthreads();
+  StoreTile(shared.Own(0), call.query_gradient, query_position(problem.head_dim),
+            Variant::kCareful);
+  return finite;
+}
+
+}  // namespace flash_entmax::cuda
+
+#endif  // FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_ROWS_CUH_

@@ -1,0 +1,297 @@
+// Warp-level tensor-core products that every device from compute capability 8.0 on has, and shared
+// memory tiles for them. One interface for bf16, fp16 and (three TF32 products, error about that of
+// fp32) float.
+//
+// A 16 x 8 accumulator c[4] of a warp: c[0], c[1] = row lane / 4, columns 2 (lane % 4) and the
+// next; c[2], c[3] = the same columns of row lane / 4 + 8.
+//
+//   Mma<Element>::kDepth            length of one product's sum: 16 (16-bit types) or 8 (float)
+//   Mma<Element>::A, ::B            operand fragments
+//   Multiply(a, b, c)               c += A . B
+//   LoadRowsA(tile, row, step)      A = tile rows [row, row + 16), columns [step, step + 1) *
+//   kDepth LoadRowsB(tile, row, step)      B = transpose of tile rows [row, row + 8), the same
+//   columns:
+//                                   the sum runs along the tile's rows (scores: Q . K^T)
+//   LoadSumB(tile, row, column)     B = tile rows [row, row + kDepth), columns [column, column +
+//   8):
+//                                   the sum runs over the tile's rows (output: P . V)
+//   FromAccumulators(c)             A from kDepth / 8 neighbouring accumulators (P for P . V). For
+//                                   float the order of the sum is permuted, as in LoadSumB.
+#ifndef FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
+#define FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "general/problem.h"
+
+namespace flash_entmax::cuda {
+
+// Rows of kColumns elements in shared memory, padded by 16 bytes so that neither ldmatrix nor the
+// strided reads of float fragments meet bank conflicts (kColumns a multiple of 16).
+template <class Element, int kColumns>
+struct SharedTile {
+  static constexpr int kStride = kColumns + 16 / static_cast<int>(sizeof(Element));
+  static constexpr int Bytes(int rows) {
+    return rows * kStride * static_cast<int>(sizeof(Element));
+  }
+
+  Element* data;
+
+  __device__ __forceinline__ Element* At(int row, int column) const {
+    return data + row * kStride + column;
+  }
+};
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts copying 16 bytes to shared memory; zeros if not `valid`.
+__device__ __forceinline__ void CopyAsync16(void* destination, const void* source, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(destination)),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Copies rows [first, first + kRows) of one head, `columns` of them real, into a tile; rows at or
+// past `row_count` and columns past `columns` become zero. With `vectors` the copy is asynchronous
+// (the caller commits and waits), otherwise it is done element by element. All kThreads threads of
+// a block take part; the caller synchronises.
+template <class Element, int kColumns, int kRows, int kThreads>
+__device__ __forceinline__ void LoadSharedTile(const SharedTile<Element, kColumns>& tile,
+                                               const Element* head, int64_t row_stride,
+                                               int64_t column_stride, int first, int row_count,
+                                               int columns, bool vectors) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kVectors = kColumns / kVector;  // a row
+  static_assert(kThreads % kVectors == 0);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (vectors && columns % kVector == 0) {
+    // A thread copies the same columns of several rows.
+    const int column = thread % kVectors * kVector;
+#pragma unroll
+    for (int step = 0; step < kRows * kVectors; step += kThreads) {
+      const int row = thread / kVectors + step / kVectors;
+      if (kRows * kVectors % kThreads != 0 && row >= kRows) break;
+      const bool valid = first + row < row_count && column < columns;
+      // The address must be valid even where nothing is read.
+      const Element* source = valid ? head + (first + row) * row_stride + column : head;
+      CopyAsync16(tile.At(row, column), source, valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < kRows * kColumns; i += kThreads) {
+      const int row = i / kColumns, column = i % kColumns;
+      const bool valid = first + row < row_count && column < columns;
+      *tile.At(row, column) =
+          valid ? head[(first + row) * row_stride + column * column_stride] : Element(0.0f);
+    }
+  }
+}
+
+template <class Element>
+struct Mma;
+
+// bf16 and fp16.
+template <class Element>
+struct HalfMma {
+  static constexpr int kDepth = 16;
+  struct A {
+    uint32_t x[4];
+  };
+  struct B {
+    uint32_t x[2];
+  };
+
+  template <int kColumns>
+  static __device__ __forceinline__ A LoadRowsA(const SharedTile<Element, kColumns>& tile, int row,
+                                                int step) {
+    const int lane = threadIdx.x % 32;
+    A a;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+                 : "r"(SharedAddress(tile.At(row + lane % 16, step * kDepth + lane / 16 * 8))));
+    return a;
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ B LoadRowsB(const SharedTile<Element, kColumns>& tile, int row,
+                                                int step) {
+    const int lane = threadIdx.x % 32;
+    B b;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(b.x[0]), "=r"(b.x[1])
+                 : "r"(SharedAddress(tile.At(row + lane % 8, step * kDepth + lane / 8 % 2 * 8))));
+    return b;
+  }
+  // Two B fragments, of rows [row, row + 8) and [row + 8, row + 16), in one instruction.
+  template <int kColumns>
+  static __device__ __forceinline__ void LoadRowsB2(const SharedTile<Element, kColumns>& tile,
+                                                    int row, int step, B* low, B* high) {
+    const int lane = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(low->x[0]), "=r"(low->x[1]), "=r"(high->x[0]), "=r"(high->x[1])
+                 : "r"(SharedAddress(
+                     tile.At(row + lane / 16 * 8 + lane % 8, step * kDepth + lane / 8 % 2 * 8))));
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ B LoadSumB(const SharedTile<Element, kColumns>& tile, int row,
+                                               int column) {
+    const int lane = threadIdx.x % 32;
+    B b;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(b.x[0]), "=r"(b.x[1])
+                 : "r"(SharedAddress(tile.At(row + lane % 16, column))));
+    return b;
+  }
+  // Two B fragments, of columns [column, column + 8) and [column + 8, column + 16).
+  template <int kColumns>
+  static __device__ __forceinline__ void LoadSumB2(const SharedTile<Element, kColumns>& tile,
+                                                   int row, int column, B* low, B* high) {
+    const int lane = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(low->x[0]), "=r"(low->x[1]), "=r"(high->x[0]), "=r"(high->x[1])
+                 : "r"(SharedAddress(tile.At(row + lane % 16, column + lane / 16 * 8))));
+  }
+};
+
+template <>
+struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {
+  static constexpr float kWeightScale = 1.0f;
+  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ A FromAccumulators(const float (&left)[4],
+                                                       const float (&right)[4]) {
+    return {{Pack(left[0], left[1]), Pack(left[2], left[3]), Pack(right[0], right[1]),
+             Pack(right[2], right[3])}};
+  }
+  static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+};
+
+template <>
+struct Mma<__half> : HalfMma<__half> {
+  // Probabilities of flat rows would be subnormal in fp16: scale them up before the product.
+  static constexpr float kWeightScale = 256.0f;
+  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ A FromAccumulators(const float (&left)[4],
+                                                       const float (&right)[4]) {
+    return {{Pack(left[0], left[1]), Pack(left[2], left[3]), Pack(right[0], right[1]),
+             Pack(right[2], right[3])}};
+  }
+  static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+};
+
+// float as the sum of two TF32 numbers: three of the four products; what is dropped is below 2^-22.
+template <>
+struct Mma<float> {
+  static constexpr int kDepth = 8;
+  static constexpr float kWeightScale = 1.0f;
+  struct A {
+    uint32_t high[4], low[4];
+  };
+  struct B {
+    uint32_t high[2], low[2];
+  };
+
+  static __device__ __forceinline__ void Split(float x, uint32_t* high, uint32_t* low) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*high) : "f"(x));
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*low) : "f"(x - __uint_as_float(*high)));
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ A LoadRowsA(const SharedTile<float, kColumns>& tile, int row,
+                                                int step) {
+    const int lane = threadIdx.x % 32;
+    A a;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Split(*tile.At(row + lane / 4 + i % 2 * 8, step * kDepth + lane % 4 + i / 2 * 4), &a.high[i],
+            &a.low[i]);
+    }
+    return a;
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ B LoadRowsB(const SharedTile<float, kColumns>& tile, int row,
+                                                int step) {
+    const int lane = threadIdx.x % 32;
+    B b;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Split(*tile.At(row + lane / 4, step * kDepth + lane % 4 + i * 4), &b.high[i], &b.low[i]);
+    }
+    return b;
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void LoadRowsB2(const SharedTile<float, kColumns>& tile,
+                                                    int row, int step, B* low, B* high) {
+    *low = LoadRowsB(tile, row, step);
+    *high = LoadRowsB(tile, row + 8, step);
+  }
+  // Position t of the sum is tile row 2 t, position t + 4 row 2 t + 1 (t < 4).
+  template <int kColumns>
+  static __device__ __forceinline__ B LoadSumB(const SharedTile<float, kColumns>& tile, int row,
+                                               int column) {
+    const int lane = threadIdx.x % 32;
+    B b;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Split(*tile.At(row + 2 * (lane % 4) + i, column + lane / 4), &b.high[i], &b.low[i]);
+    }
+    return b;
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void LoadSumB2(const SharedTile<float, kColumns>& tile, int row,
+                                                   int column, B* low, B* high) {
+    *low = LoadSumB(tile, row, column);
+    *high = LoadSumB(tile, row, column + 8);
+  }
+  static __device__ __forceinline__ A FromAccumulators(const float (&c)[4]) {
+    A a;
+    Split(c[0], &a.high[0], &a.low[0]);
+    Split(c[2], &a.high[1], &a.low[1]);
+    Split(c[1], &a.high[2], &a.low[2]);
+    Split(c[3], &a.high[3], &a.low[3]);
+    return a;
+  }
+  static __device__ __forceinline__ void MultiplyOnce(const uint32_t (&a)[4],
+                                                      const uint32_t (&b)[2], float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+  static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
+    MultiplyOnce(a.low, b.high, c);
+    MultiplyOnce(a.high, b.low, c);
+    MultiplyOnce(a.high, b.high, c);
+  }
+};
+
+}  // namespace flash_entmax::cuda
+
+#endif  // FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
