@@ -41,22 +41,23 @@ int CheckTensor(const FlashEntmaxTensor& tensor, int batch, int heads, int rows)
   return FLASH_ENTMAX_OK;
 }
 
-int CheckQueries(const FlashEntmaxProblem& problem,
+int CheckTensors(int batch, int heads, int rows,
                  std::initializer_list<const FlashEntmaxTensor*> tensors) {
   for (const FlashEntmaxTensor* tensor : tensors) {
-    const int error = CheckTensor(*tensor, problem.batch, problem.heads, problem.queries);
+    const int error = CheckTensor(*tensor, batch, heads, rows);
     if (error != FLASH_ENTMAX_OK) return error;
   }
   return FLASH_ENTMAX_OK;
 }
 
+int CheckQueries(const FlashEntmaxProblem& problem,
+                 std::initializer_list<const FlashEntmaxTensor*> tensors) {
+  return CheckTensors(problem.batch, problem.heads, problem.queries, tensors);
+}
+
 int CheckKeys(const FlashEntmaxProblem& problem,
               std::initializer_list<const FlashEntmaxTensor*> tensors) {
-  for (const FlashEntmaxTensor* tensor : tensors) {
-    const int error = CheckTensor(*tensor, problem.batch, problem.kv_heads, problem.keys);
-    if (error != FLASH_ENTMAX_OK) return error;
-  }
-  return FLASH_ENTMAX_OK;
+  return CheckTensors(problem.batch, problem.kv_heads, problem.keys, tensors);
 }
 
 int FindDevice(DeviceLimits* device) {

@@ -40,7 +40,6 @@ typedef struct {
   int32_t element, batch, heads, kv_heads, queries, keys, head_dim, causal;
   float alpha, scale;
   int32_t path;
-  int32_t sample_stride;     /* ignored: deferred keys take the place of the sample */
   int32_t save_for_backward; /* 0: forward only, no support is kept */
   int32_t deferred_keys;     /* screening: newest keys whose hits are taken last; <= 0: automatic */
   int64_t

@@ -39,7 +39,6 @@ FlashEntmaxProblem ToInterface(const AttentionCall& call, gpu::Engine engine) {
   result.alpha = problem.alpha;
   result.scale = problem.scale;
   result.path = engine == gpu::Engine::kTiles ? FLASH_ENTMAX_PATH_TILES : FLASH_ENTMAX_PATH_LISTS;
-  result.sample_stride = -1;
   result.save_for_backward = call.save ? 1 : 0;
   result.support_capacity = !call.save                   ? 0
                             : call.support_capacity >= 0 ? call.support_capacity

@@ -23,6 +23,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "element.cuh"
 #include "general/problem.h"
 
 namespace flash_entmax::cuda {
@@ -105,6 +106,7 @@ struct Mma;
 template <class Element>
 struct HalfMma {
   static constexpr int kDepth = 16;
+  static constexpr float kWeightScale = ElementTraits<Element>::kWeightScale;
   struct A {
     uint32_t x[4];
   };
@@ -152,6 +154,14 @@ struct HalfMma {
                  : "r"(SharedAddress(tile.At(row + lane % 16, column))));
     return b;
   }
+  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
+    return ElementTraits<Element>::Pack(low, high);
+  }
+  static __device__ __forceinline__ A FromAccumulators(const float (&left)[4],
+                                                       const float (&right)[4]) {
+    return {{Pack(left[0], left[1]), Pack(left[2], left[3]), Pack(right[0], right[1]),
+             Pack(right[2], right[3])}};
+  }
   // Two B fragments, of columns [column, column + 8) and [column + 8, column + 16).
   template <int kColumns>
   static __device__ __forceinline__ void LoadSumB2(const SharedTile<Element, kColumns>& tile,
@@ -165,16 +175,6 @@ struct HalfMma {
 
 template <>
 struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {
-  static constexpr float kWeightScale = 1.0f;
-  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ A FromAccumulators(const float (&left)[4],
-                                                       const float (&right)[4]) {
-    return {{Pack(left[0], left[1]), Pack(left[2], left[3]), Pack(right[0], right[1]),
-             Pack(right[2], right[3])}};
-  }
   static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -186,17 +186,6 @@ struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {
 
 template <>
 struct Mma<__half> : HalfMma<__half> {
-  // Probabilities of flat rows would be subnormal in fp16: scale them up before the product.
-  static constexpr float kWeightScale = 256.0f;
-  static __device__ __forceinline__ uint32_t Pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ A FromAccumulators(const float (&left)[4],
-                                                       const float (&right)[4]) {
-    return {{Pack(left[0], left[1]), Pack(left[2], left[3]), Pack(right[0], right[1]),
-             Pack(right[2], right[3])}};
-  }
   static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
