@@ -1,10 +1,9 @@
 // From candidate lists to outputs: fp32 scores, exact threshold, P.V, support.
 //
 // A warp finishes eight rows, four lanes a row: the rows of one half of a strip, whose 32 lists it
-// reads one a lane. Everything stays in the lanes' own columns of shared memory until the support
-// is known, so that nothing has to be counted or exchanged before:
-//   1. entries whose maximum is above the final bound of screening are unpacked to keys, at most
-//      kDepth a lane;
+// reads one a lane.
+//   1. the keys of entries whose maximum is above the final bound of screening are counted, then
+//      unpacked to the row's slots in shared memory: lane q of a row has slots q, q + 4, ...;
 //   2. the keys are scored in fp32 from the inputs (candidate_scores.cuh), so that the support is
 //      that of fp32 scores;
 //   3. Newton from the left to the threshold, from the bound that screening proved;
@@ -12,8 +11,8 @@
 //   5. if asked, the support goes to the pool, with each entry's place among those of its key
 //      (for the backward's transposition);
 //   6. output = sum p V over the survivors.
-// If a lane finds more than kDepth keys, the warp starts again with four rows at a time and twice
-// the depth, then two and one. A row too large even for that, one whose support is larger than
+// If a row has more keys than slots, the warp starts again with four rows at a time and twice the
+// slots, then two and one. A row too large even for that, one whose support is larger than
 // kMaxSupport, or one the pool has no room for sends its unit to the tile path.
 // Traffic: 8 bytes an entry, one key row a candidate, one value row a support entry (both mostly
 // from L2), 12 bytes written a support entry.
@@ -45,7 +44,8 @@ struct FinishParams {
   bool save_support;
 };
 
-constexpr int kFinishThreads = 256;
+// Small blocks: one slow warp keeps no others' place.
+constexpr int kFinishThreads = 64;
 constexpr int kFinishWarps = kFinishThreads / kWarpSize;
 constexpr int kFinishBlockRows = kFinishWarps * kQueriesPerWarp;
 
@@ -84,26 +84,48 @@ struct HeadPlace {
   }
 };
 
-// Unpacks a lane's list from its end, where the bounds were tightest. Returns the number of keys
-// above the bound, of which the first `depth` are stored in the lane's column.
-__device__ __forceinline__ int UnpackList(const CandidateEntry* list, int entries, __half screen,
-                                          int quarter, int depth, SharedAddress column) {
+// The bits of an entry if its largest score is above the bound, otherwise none.
+__device__ __forceinline__ uint32_t KeysAbove(const uint2& entry, __half screen) {
+  return __hgt(EntryMaximum(entry.y), screen) ? entry.x : 0;
+}
+
+// Number of keys in those entries of a lane's list that are above the bound.
+__device__ __forceinline__ int CountKeys(const CandidateEntry* list, int entries, __half screen) {
   constexpr int kBatch = 4;
-  const uint2* source = reinterpret_cast<const uint2*>(list) + (entries - 1) * kWarpSize;
+  const uint2* source = reinterpret_cast<const uint2*>(list);
+  int count = 0;
+#pragma unroll 1
+  for (int left = entries; left > 0; left -= kBatch) {
+    uint2 entry[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      entry[i] = make_uint2(0, 0);
+      if (i < left) entry[i] = __ldg(source + i * kWarpSize);
+    }
+    source += kBatch * kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) count += __popc(KeysAbove(entry[i], screen));
+  }
+  return count;
+}
+
+// Unpacks the keys that CountKeys counted to the slots from `place` on.
+__device__ __forceinline__ void UnpackList(const CandidateEntry* list, int entries, __half screen,
+                                           int quarter, SharedAddress place) {
+  constexpr int kBatch = 4;
+  const uint2* source = reinterpret_cast<const uint2*>(list);
   uint2 next[kBatch];
   int left = entries;
   const auto load = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       next[i] = make_uint2(0, 0);
-      if (left > i) next[i] = __ldg(source - i * kWarpSize);
+      if (left > i) next[i] = __ldg(source + i * kWarpSize);
     }
     left -= kBatch;
-    source -= kBatch * kWarpSize;
+    source += kBatch * kWarpSize;
   };
   const int longest = __reduce_max_sync(kFullWarp, entries);
-  const SharedAddress end = column + depth * kLanesPerQuery;
-  SharedAddress place = column;
   load();
 #pragma unroll 1
   for (int first = 0; first < longest; first += kBatch) {
@@ -113,23 +135,22 @@ __device__ __forceinline__ int UnpackList(const CandidateEntry* list, int entrie
     load();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      uint32_t bits = __hgt(EntryMaximum(entry[i].y), screen) ? entry[i].x : 0;
+      uint32_t bits = KeysAbove(entry[i], screen);
       const int first_key = static_cast<int>(entry[i].y >> 16) * kStepKeys + 2 * quarter;
       while (bits != 0) {
         const int bit = 31 - __clz(bits);
         bits ^= 1u << bit;
         // first_key + 8 * (bit & 15) + (bit >> 4)
         const int odd = bit >> 4;
-        if (place < end) place.Set(first_key + 8 * bit - 127 * odd);
-        place = place + kLanesPerQuery;
+        place.Set(first_key + 8 * bit - 127 * odd);
+        place = place + 1;
       }
     }
   }
-  return place.WordsFrom(column) / kLanesPerQuery;
 }
 
 template <class Element, int kHeadDim, AlphaMode kAlpha>
-__global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
     FinishForwardKernel(const __grid_constant__ FinishParams<Element> params) {
   constexpr int kPieces = PieceRows<kHeadDim>::kPieces;
   constexpr int kAtOnce = kHeadDim <= 64 ? 4 : 2;  // rows a lane loads at a time
@@ -181,17 +202,28 @@ __global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 3 : 2)
       if (lane == 0) flag_unit();
       if (quarter == 0 && index >= first) params.saved.support_count[padded_row] = 0;
     };
+
     const RowBound bound = params.bound[padded_row];
     const __half screen = __float2half_rd(bound.screen);  // exact: it was a half
 
-    // 1. Keys.
+    // 1. Keys: those of a row's four lanes one after the other, so that however they came, each of
+    // the lanes has every fourth of them from here on.
     __syncwarp();
     int found, longest;
     {
+      const CandidateEntry* const list =
+          params.lists + static_cast<int64_t>(group) * kHalfListEntries + lane;
       const int entries = active ? params.list_count[group * kWarpSize + lane] : 0;
-      found = UnpackList(params.lists + static_cast<int64_t>(group) * kHalfListEntries + lane,
-                         entries, screen, quarter, depth, keys + quarter);
-      longest = __reduce_max_sync(kFullWarp, found);
+      const int own = CountKeys(list, entries, screen);
+      int inclusive = own;
+#pragma unroll
+      for (int offset = 1; offset < kLanesPerQuery; offset *= 2) {
+        const int other = __shfl_up_sync(kFullWarp, inclusive, offset, kLanesPerQuery);
+        if (quarter >= offset) inclusive += other;
+      }
+      const int of_row = __shfl_sync(kFullWarp, inclusive, kLanesPerQuery - 1, kLanesPerQuery);
+      found = (of_row + kLanesPerQuery - 1 - quarter) / kLanesPerQuery;
+      longest = (__reduce_max_sync(kFullWarp, of_row) + kLanesPerQuery - 1) / kLanesPerQuery;
       if (longest > depth) {
         // Happens only with all rows in work: fewer rows have no longer lists than all of them.
         if (longest > FinishSlots::Depth(1)) {
@@ -201,6 +233,7 @@ __global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 3 : 2)
         while (longest > FinishSlots::Depth(rows)) rows /= 2;
         continue;
       }
+      UnpackList(list, entries, screen, quarter, keys + (inclusive - own));
     }
     __syncwarp();
 

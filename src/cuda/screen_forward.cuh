@@ -16,8 +16,10 @@
 //   3. if a maximum of the warp is above its bound: a bit a score, appended with the maxima to the
 //      thread's lists (candidate_list.cuh) while the next product is under way.
 // Hits among the newest keys would be tested against the weak bounds of the beginning. Step 3 is
-// therefore left out for an eighth of the keys, and their tiles are visited again in the end, when
-// the bounds are best: the second product costs less than the hits it avoids.
+// therefore left out for 512 to 1,024 keys, and their tiles are visited again in the end, when the
+// bounds are best: the second product costs less than the hits it avoids. Whenever one step gives a
+// thread many hits of a row, keys of a kind that the bounds do not know yet, the bounds are raised
+// before the hits are taken.
 //
 // Traffic: queries once; keys once a query tile (newest twice), from L2; 8 bytes an entry of the
 // lists. Nothing of size queries x keys is written.
@@ -41,7 +43,7 @@ struct ScreenParams {
   Control* control;
   int first_head;  // this launch covers batch-heads [first_head, first_head + head_count)
   int head_count;
-  int deferred_keys;  // newest keys of a row whose hits are taken in the end; 0: an eighth
+  int deferred_keys;  // newest keys of a row whose hits are taken in the end; 0: chosen
 };
 
 // Measured: 4 groups with one product in flight each beat 5 and 6 lighter ones, and 3 with two.
@@ -77,10 +79,16 @@ struct ScreenShared {
 // A warp nearly all of whose group maxima are above their bounds has rows whose supports are too
 // large for lists: its group gives up. Asked while a group stands for one step, 16 keys, of the
 // `tiles` seen: later the maxima of all rows are above their bounds. With 512 keys or more, rows
-// that will keep 200 are told from rows that will keep 270 (Gaussian scores).
-__device__ __forceinline__ bool LooksDense(const GroupCounts& groups, int tiles) {
-  return tiles > 1 && tiles <= kMaximumSlots / 2 && groups.above * 128 > groups.seen * 127;
+// that will keep 200 are told from rows that will keep 270 (Gaussian scores). With fewer, only rows
+// that have no more keys can be judged.
+__device__ __forceinline__ bool LooksDense(const GroupCounts& groups, int tiles, bool all_seen) {
+  return (tiles > 1 || all_seen) && tiles <= kMaximumSlots / 2 &&
+         groups.above * 128 > groups.seen * 127;
 }
+
+// More hits of a row among a thread's 32 keys of a step than a bound that knows such keys lets
+// through.
+constexpr int kCrowdedStep = 6;
 
 // What a work item covers.
 template <int kHeadDim>
@@ -107,13 +115,14 @@ struct ScreenItem {
     return (shape.queries + kRows - 1) / kRows * head_count;
   }
 
-  // Rows from `row` on take the hits of this tile and of newer ones in the second visit. Enough
-  // keys for a bound, and never more than an eighth of a long row; grows with the row.
+  // Rows from `row` on take the hits of this tile and of newer ones in the second visit: enough
+  // keys for a good bound. Measured: 512 to 1,024 are best from 2,048 to 131,072 keys. Grows with
+  // the row.
   static __device__ __forceinline__ int FirstDeferred(const Shape& shape, int deferred_keys,
                                                       int row) {
-    constexpr int kFewest = 128, kMost = 2048;
+    constexpr int kFewest = 512, kMost = 1024;
     const int visible = shape.VisibleKeys(row);
-    const int wanted = deferred_keys > 0 ? deferred_keys : min(max(visible / 8, kFewest), kMost);
+    const int wanted = deferred_keys > 0 ? deferred_keys : min(max(visible / 32, kFewest), kMost);
     return max(0, visible - wanted) / kTileKeys;
   }
 
@@ -317,7 +326,8 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
     };
 
     // Looks at the scores of one step: `hits` receives its maxima and, if asked, its hits.
-    const auto look = [&](uint32_t(&s)[32], int step, bool take_hits) {
+    // `may_raise`: not while another step's scores hold the registers that this takes.
+    const auto look = [&](uint32_t(&s)[32], int step, bool take_hits, bool may_raise) {
       const int first_key = step * kStepKeys;
       if (first_key + kStepKeys > warp_keys) {
         constexpr uint32_t kLowMasked = 0xfc00u, kHighMasked = 0xfc000000u;  // -inf
@@ -336,8 +346,18 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
       const uint32_t above = __hgt2_mask(AsHalf2(hits.maximum[0]), bounds.screen[0]) |
                              __hgt2_mask(AsHalf2(hits.maximum[1]), bounds.screen[1]);
       if (take_hits && __any_sync(kFullWarp, above)) {
+        const auto find_hits = [&] {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) hits.mask[i] = HitMask(s, i, bounds.screen[i]);
+          for (int i = 0; i < 2; ++i) hits.mask[i] = HitMask(s, i, bounds.screen[i]);
+        };
+        find_hits();
+        // The first keys of a kind that the bounds do not know yet: they raise the bounds at once.
+        if (may_raise &&
+            __any_sync(kFullWarp, max(__popc(hits.mask[0]), __popc(hits.mask[1])) > kCrowdedStep)) {
+          RecordMaxima(&shared.maximum[MaximumSlot(step)][thread], hits.maximum);
+          raise_bounds(3);
+          find_hits();
+        }
       }
     };
     // Files the hits of the last look; done while a product is under way. Doing it twice is
@@ -386,20 +406,20 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
       make_room();
       cute::warpgroup_wait<Traits::kBuffers - 1>();
       Fence(scores[Traits::kBuffers - 1]);
-      look(scores[Traits::kBuffers - 1], 2 * tile + 1, take_hits);
+      look(scores[Traits::kBuffers - 1], 2 * tile + 1, take_hits, Traits::kBuffers == 1);
       if constexpr (Traits::kBuffers == 1) issue(0);
       file_hits();
       cute::warpgroup_wait<0>();
       Fence(scores[0]);
       release();
-      look(scores[0], 2 * tile, take_hits);
+      look(scores[0], 2 * tile, take_hits, true);
 
       const int seen = group_tiles - tile;
       if (!second && (seen >= next_raise || tile == first_deferred || tile == 0)) {
         next_raise = seen * 3 / 2 + 1;
         file_hits();
         raise_bounds(take_hits ? 2 : 4);
-        overflow |= LooksDense(CountGroups(bounds, group_maximum), seen);
+        overflow |= LooksDense(CountGroups(bounds, group_maximum), seen, tile == 0);
         gave_up = WarpGroupAny(1 + group, kWarpGroupThreads, overflow);
       }
     }
