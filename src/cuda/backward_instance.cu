@@ -1,4 +1,5 @@
 // Backward launch sequence. Compiled like forward_instance.cu.
+#include "count_columns.cuh"
 #include "launch_support.h"
 #include "long_columns_backward.cuh"
 #include "support_columns_backward.cuh"
@@ -36,7 +37,8 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
   const size_t block_flag_bytes = static_cast<size_t>(shape.KeyHeads()) * plan.padded_keys /
                                   ColumnsTraits::kBlockKeys * sizeof(int);
   if (cudaMemsetAsync(&saved.control->long_column_count, 0, sizeof(int), stream) != cudaSuccess ||
-      cudaMemsetAsync(scratch.tile_block_flag, 0, block_flag_bytes, stream) != cudaSuccess) {
+      cudaMemsetAsync(scratch.tile_block_flag, 0, block_flag_bytes, stream) != cudaSuccess ||
+      cudaMemsetAsync(scratch.column_count, 0, columns * sizeof(int), stream) != cudaSuccess) {
     return FLASH_ENTMAX_CUDA_FAILURE;
   }
   return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
@@ -68,7 +70,12 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
     }
     // Without lists there is no support to go over, only sums of the tile path to convert.
     if (!plan.tiles_only) {
-      if (ExclusiveSum(scratch.scan, scratch.scan_bytes, saved.state.column_count,
+      const int64_t padded_rows = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries;
+      if (!Launch(CountColumnsKernel, padded_rows / kCountColumnsRows, kCountColumnsThreads, 0,
+                  stream, shape, saved.state, scratch.column_count, scratch.slot)) {
+        return FLASH_ENTMAX_CUDA_FAILURE;
+      }
+      if (ExclusiveSum(scratch.scan, scratch.scan_bytes, scratch.column_count,
                        scratch.column_offset, columns, stream) != cudaSuccess) {
         return FLASH_ENTMAX_CUDA_FAILURE;
       }
@@ -78,10 +85,10 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                             output_gradient,
                                             query_gradient,
                                             saved.state,
+                                            scratch.slot,
                                             scratch.column_offset,
                                             scratch.column_entries};
-      const int64_t row_blocks = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries /
-                                 (kSupportRowsThreads / kLanesPerRow);
+      const int64_t row_blocks = padded_rows / (kSupportRowsThreads / kLanesPerRow);
       if (!Launch(SupportRowsBackwardKernel<Element, kHeadDim, kAlpha>, row_blocks,
                   kSupportRowsThreads, 0, stream, rows)) {
         return FLASH_ENTMAX_CUDA_FAILURE;
@@ -92,7 +99,7 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                                       output_gradient,
                                                       AsTensor<Element>(tensors.key_gradient),
                                                       AsTensor<Element>(tensors.value_gradient),
-                                                      saved.state.column_count,
+                                                      scratch.column_count,
                                                       scratch.column_offset,
                                                       scratch.column_entries,
                                                       scratch.order,

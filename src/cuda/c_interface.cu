@@ -103,7 +103,6 @@ int flash_entmax_cuda_saved_layout(const FlashEntmaxProblem* problem,
   layout->support_key = offset(saved.state.support_key);
   layout->support_excess = offset(saved.state.support_excess);
   layout->unit_flag = offset(saved.state.unit_flag);
-  layout->support_used = offset(&saved.control->support_used);
   layout->padded_queries = plan.shape.padded_queries;
   layout->unit_rows = flash_entmax::cuda::Shape::kUnitRows;
   return FLASH_ENTMAX_OK;

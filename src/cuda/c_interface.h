@@ -62,7 +62,6 @@ typedef struct {
 /* Where results lie in the saved buffer (offsets in bytes). Rows are padded per head. */
 typedef struct {
   int64_t threshold, support_offset, support_count, support_key, support_excess, unit_flag;
-  int64_t support_used; /* uint64: entries asked of the pool */
   int32_t padded_queries, unit_rows;
 } FlashEntmaxSavedLayout;
 

@@ -8,14 +8,13 @@
 //      that of fp32 scores;
 //   3. Newton from the left to the threshold, from the bound that screening proved;
 //   4. survivors are moved together, in order;
-//   5. if asked, the support goes to the pool, with each entry's place among those of its key
-//      (for the backward's transposition);
+//   5. if asked, the support goes to the pool (support_pool.cuh);
 //   6. output = sum p V over the survivors.
 // If a row has more keys than slots, the warp starts again with four rows at a time and twice the
-// slots, then two and one. A row too large even for that, one whose support is larger than
-// kMaxSupport, or one the pool has no room for sends its unit to the tile path.
+// slots, then two and one. A row too large even for that or one whose support is larger than
+// kMaxSupport sends its unit to the tile path, as do units that the pool has no room for.
 // Traffic: 8 bytes an entry, one key row a candidate, one value row a support entry (both mostly
-// from L2), 12 bytes written a support entry.
+// from L2), 8 bytes written a support entry.
 #ifndef FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
 #define FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
 
@@ -25,6 +24,7 @@
 
 #include "candidate_list.cuh"
 #include "candidate_scores.cuh"
+#include "support_pool.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -149,14 +149,12 @@ __device__ __forceinline__ void UnpackList(const CandidateEntry* list, int entri
   }
 }
 
+// The warp's rows.
 template <class Element, int kHeadDim, AlphaMode kAlpha>
-__global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
-    FinishForwardKernel(const __grid_constant__ FinishParams<Element> params) {
+__device__ __forceinline__ void FinishRows(const FinishParams<Element>& params,
+                                           FinishShared& shared) {
   constexpr int kPieces = PieceRows<kHeadDim>::kPieces;
   constexpr int kAtOnce = kHeadDim <= 64 ? 4 : 2;  // rows a lane loads at a time
-  extern __shared__ __align__(1024) char shared_bytes[];
-  auto& shared = *reinterpret_cast<FinishShared*>(shared_bytes);
-
   const Shape& shape = params.shape;
   const AlphaRule<kAlpha> rule(shape.alpha);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -355,26 +353,18 @@ __global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
         if (lane >= offset) inclusive += other;
       }
       const int total = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
-      unsigned long long base = 0;
+      int64_t base = 0;
       if (lane == 0 && total > 0) {
-        base = atomicAdd(&params.control->support_used, static_cast<unsigned long long>(total));
+        base = ReserveSupport(params.saved, params.control,
+                              hidden_head() * shape.Units() + row / Shape::kUnitRows, total);
       }
-      const int64_t offset =
-          static_cast<int64_t>(__shfl_sync(kFullWarp, base, 0)) + inclusive - support;
+      const int64_t offset = __shfl_sync(kFullWarp, base, 0) + inclusive - support;
       const bool fits = offset + support <= params.saved.support_capacity;
       if (fits) {
-        const HeadPlace place(params, hidden_head());
-        int* const column_count =
-            params.saved.column_count +
-            (static_cast<int64_t>(place.batch) * shape.kv_heads + place.key_head) * shape.keys;
         for (int i = quarter; i < support; i += kLanesPerQuery) {
-          const int key = (keys + i).Int();
-          params.saved.support_key[offset + i] = key;
+          params.saved.support_key[offset + i] = (keys + i).Int();
           params.saved.support_excess[offset + i] = (scores + i).Float();
-          params.saved.support_slot[offset + i] = atomicAdd(&column_count[key], 1);
         }
-      } else if (quarter == 0) {
-        flag_unit();
       }
       if (active && quarter == 0) {
         params.saved.support_offset[padded_row] = offset;
@@ -420,6 +410,19 @@ __global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
       StorePieces<Element>(sum, params.output.Row(place.batch, place.head, row) + 8 * quarter);
     }
     first += rows;
+  }
+}
+
+template <class Element, int kHeadDim, AlphaMode kAlpha>
+__global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
+    FinishForwardKernel(const __grid_constant__ FinishParams<Element> params) {
+  extern __shared__ __align__(1024) char shared_bytes[];
+  FinishRows<Element, kHeadDim, kAlpha>(params, *reinterpret_cast<FinishShared*>(shared_bytes));
+  if (params.save_support) {
+    const Shape& shape = params.shape;
+    ClosePool(params.saved, params.control,
+              shape.BatchHeads() * (shape.padded_queries / kQueriesPerWarp),
+              shape.BatchHeads() * shape.Units());
   }
 }
 

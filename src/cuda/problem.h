@@ -129,17 +129,20 @@ struct SavedState {
   int* support_count;       // 0 for rows of the tile path
   int* support_key;         // pool
   float* support_excess;    // pool: z - tau > 0
-  int* support_slot;        // pool: position of the entry among those of its key
-  int* column_count;        // (batch * kv_heads) x keys
   void* weighted_value;  // mean of V under u = p^(2 - alpha), only for tile-path units (x head_dim)
   int* unit_flag;        // (batch * heads) x units: 1 = tile path
   int* flagged_units;    // their ids, in no particular order
-  int64_t support_capacity;  // entries the pool holds
+  int* unit_support;     // (batch * heads) x units: support entries of the unit's rows
+  int64_t support_capacity;  // entries the pool holds (support_pool.cuh)
+  int64_t shared_first;      // entries before it belong to the units
+  int unit_capacity;         // entries of one unit's own part
 };
 
 // Counters, zeroed at the start of every forward.
 struct Control {
-  unsigned long long support_used;  // entries asked of the pool (may exceed its capacity)
+  unsigned long long shared_used;   // entries asked of the pool's shared part
+  unsigned long long wide_support;  // entries of units that their own part has no room for
+  int closed_warps;                 // warps that have reserved their support
   int next_item;                    // screening work queue
   int flagged_count;
   int next_flagged;       // tile-forward work queue

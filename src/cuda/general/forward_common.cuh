@@ -218,23 +218,28 @@ __device__ __forceinline__ void AddWeightedValues(const float (&left)[4], const 
   }
 }
 
-// Copies rows [first, first + count) of one head to rows [tile_row, ...) of a tile, by all threads
-// of a block, whose number is known only at run time; otherwise as LoadSharedTile.
-template <class Element, int kColumns>
-__device__ __forceinline__ void LoadRows(const SharedTile<Element, kColumns>& tile, int tile_row,
+// Copies rows [first, first + count) of one head to rows [tile_row, ...) of a tile, by `threads`
+// threads, a multiple of a row's pieces, of which this one is number `thread`; otherwise as
+// LoadSharedTile.
+template <template <class, int> class Tile, class Element, int kColumns>
+__device__ __forceinline__ void LoadRows(int thread, int threads,
+                                         const Tile<Element, kColumns>& tile, int tile_row,
                                          const Element* head, const StridedTensor& tensor,
                                          int first, int count, int row_count, int columns) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
   if (tensor.vectors && columns % kVector == 0) {
+    // A thread copies the same columns of several rows.
     constexpr int kVectors = kColumns / kVector;
-    for (int i = threadIdx.x; i < count * kVectors; i += blockDim.x) {
-      const int row = i / kVectors, column = i % kVectors * kVector;
+    const int column = thread % kVectors * kVector, rows = threads / kVectors;
+    int row = thread / kVectors;
+    const Element* source = head + (first + row) * tensor.row + column;
+    for (; row < count; row += rows, source += rows * tensor.row) {
       const bool valid = first + row < row_count && column < columns;
-      const Element* source = valid ? head + (first + row) * tensor.row + column : head;
-      CopyAsync16(tile.At(tile_row + row, column), source, valid);
+      // The address must be valid even where nothing is read.
+      CopyAsync16(tile.At(tile_row + row, column), valid ? source : head, valid);
     }
   } else {
-    for (int i = threadIdx.x; i < count * kColumns; i += blockDim.x) {
+    for (int i = thread; i < count * kColumns; i += threads) {
       const int row = i / kColumns, column = i % kColumns;
       const bool valid = first + row < row_count && column < columns;
       *tile.At(tile_row + row, column) =

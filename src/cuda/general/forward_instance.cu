@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "general/forward_short.cuh"
+#include "general/forward_short_sweeps.cuh"
 #include "general/forward_tiled.cuh"
 
 namespace flash_entmax::cuda {
@@ -140,6 +141,65 @@ cudaError_t TryShort(const GeneralForward& call, const SharedLimits& limits, int
   }
 }
 
+// A plan for the sweeping kernel; without warps if its tiles do not fit in shared memory.
+template <class Shape>
+SweepPlan PlanSweep(const GeneralProblem& problem, const SharedLimits& limits,
+                    int multiprocessors) {
+  const int64_t strips =
+      RoundUp(std::max(problem.longest_query, 1), Shape::kQueries) / Shape::kQueries;
+  const auto with = [&](int64_t warps, int turns) {
+    SweepPlan plan;
+    plan.warps = static_cast<int>(warps);
+    plan.turns = turns;
+    plan.key_rows = static_cast<int>(RoundUp(SpanOfRows(problem, plan.BlockRows()), 32));
+    return plan;
+  };
+  const auto fits = [&](const SweepPlan& plan, int blocks) {
+    // A block takes 1 KB more than it asks for.
+    const auto bytes = static_cast<int64_t>(Shape::Bytes(plan));
+    return bytes <= limits.block && (bytes + 1024) * blocks <= limits.multiprocessor;
+  };
+  // A warp's second strip has as many keys as its first one lacks. A small grid needs blocks more
+  // than balance.
+  constexpr int kMostWarps = 8;
+  const int64_t heads = static_cast<int64_t>(problem.sequences) * problem.heads;
+  int turns = 2;
+  int64_t warps = std::min<int64_t>(kMostWarps, (strips + 1) / 2);
+  const auto is_small = [&] {
+    return heads * ((strips + warps * turns - 1) / (warps * turns)) < 2 * multiprocessors;
+  };
+  if (is_small()) {
+    turns = 1;
+    warps = std::min<int64_t>(kMostWarps, strips);
+    while (warps > 2 && is_small()) warps = (warps + 1) / 2;
+  }
+  // Two blocks a multiprocessor hide each other's start and end.
+  for (int blocks : {2, 1}) {
+    for (int64_t fewer = warps; fewer >= (blocks == 2 ? (warps + 1) / 2 : 1); --fewer) {
+      const SweepPlan plan = with(fewer, turns);
+      if (fits(plan, blocks)) return plan;
+    }
+  }
+  return {};
+}
+
+// Runs the sweeping kernel if it can; otherwise *launched stays false.
+template <class Element, int kHeadDim, bool kFast>
+cudaError_t TrySweep(const GeneralForward& call, const SharedLimits& limits, int multiprocessors,
+                     cudaStream_t stream, bool* launched) {
+  using Shape = SweepShape<kHeadDim>;
+  // Blocks of a strip start at a multiple of 32 keys from the first one of the tile.
+  if (SpanOfRows(call.problem, Shape::kQueries + 31) > 16 * Shape::kMostBlocks) return cudaSuccess;
+  SweepPlan plan = PlanSweep<Shape>(call.problem, limits, multiprocessors);
+  if (plan.warps == 0) return cudaSuccess;
+  const int64_t tiles = call.problem.QueryTiles(plan.BlockRows());
+  if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
+  plan.tiles = static_cast<int>(tiles);
+  *launched = true;
+  return Launch(SweepForwardKernel<Element, kHeadDim, kFast>, tiles * call.problem.heads,
+                32 * plan.warps, Shape::Bytes(plan), stream, call, plan);
+}
+
 template <class Element, int kHeadDim, bool kFast>
 cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaStream_t stream) {
   SharedLimits limits;
@@ -153,6 +213,8 @@ cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaS
   };
   if (keys <= 128) {
     error = try_short.template operator()<1>();
+  } else if constexpr (sizeof(Element) == 2 && kHeadDim <= 64) {
+    error = TrySweep<Element, kHeadDim, kFast>(call, limits, multiprocessors, stream, &launched);
   } else if (keys <= 256) {
     error = try_short.template operator()<2>();
   } else if (keys <= 512) {

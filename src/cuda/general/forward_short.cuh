@@ -64,16 +64,18 @@ __global__ void __launch_bounds__((ShortShape<Element, kHeadDim, kSplit>::MaxThr
     const bool needed = first_row < end_row;
     const int first = keys_seen(stage), count = keys_seen(stage + 1) - first;
     if (needed) {
-      LoadRows(query, stage % 2 * plan.stage_rows,
+      LoadRows(threadIdx.x, blockDim.x, query, stage % 2 * plan.stage_rows,
                call.query.Row<const Element>(part.batch, head, part.first_query), call.query,
                first_row, plan.stage_rows, part.queries, problem.head_dim);
-      LoadRows(key, first, call.key.Row<const Element>(part.batch, kv_head, first_key), call.key,
-               first, count, part.keys - base, problem.head_dim);
+      LoadRows(threadIdx.x, blockDim.x, key, first,
+               call.key.Row<const Element>(part.batch, kv_head, first_key), call.key, first, count,
+               part.keys - base, problem.head_dim);
     }
     CommitCopies();
     if (needed) {
-      LoadRows(value, first, call.value.Row<const Element>(part.batch, kv_head, first_key),
-               call.value, first, count, part.keys - base, problem.value_dim);
+      LoadRows(threadIdx.x, blockDim.x, value, first,
+               call.value.Row<const Element>(part.batch, kv_head, first_key), call.value, first,
+               count, part.keys - base, problem.value_dim);
     }
     CommitCopies();
   };
