@@ -1,5 +1,6 @@
-"""Times this library beside PyTorch and deep-spin's entmax: one process, same memory, in turns.
+"""Times the mapping beside PyTorch's softmax and deep-spin's entmax: one process, in turns.
 
+Attention: compare_cpu.py.
 Run through `./dev bench torch`, which builds the library and installs the rivals.
 """
 
@@ -53,14 +54,6 @@ class Library:
             ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.shape[0]),
             ctypes.c_int64(out.shape[1]), ctypes.c_double(alpha), ctypes.c_int(self.threads)))
 
-    def attention(self, query, key, value, out, alpha):
-        _, heads, length, size = query.shape
-        checked(self.calls.flash_entmax_bench_attention(
-            *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out)),
-            ctypes.c_int64(heads), ctypes.c_int64(length), ctypes.c_int64(size),
-            ctypes.c_int(query.dtype == torch.bfloat16), ctypes.c_double(alpha),
-            ctypes.c_int(self.threads)))
-
 
 def report(title, seconds, baseline, results):
     base = statistics.median(seconds[baseline])
@@ -107,30 +100,6 @@ def bench_mapping(library, rows, columns, repetitions, results):
            results)
 
 
-def bench_attention(library, length, heads, size, dtype, repetitions, results):
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, size).to(dtype) for _ in range(3))
-    out = torch.empty_like(query)
-
-    def flash():
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        library.attention(query, key, value, out, 1.0)
-        difference = (out.float() - flash().float()).abs().max().item()
-        limit = 1e-4 if dtype == torch.float32 else 5e-2
-        if not difference < limit:
-            raise SystemExit(f"our softmax differs from PyTorch's by {difference}")
-        contestants = {"PyTorch flash attention": flash}
-        for alpha in (1.0, 1.5, 2.0):
-            contestants[f"flash_entmax alpha {alpha:g}"] = (
-                lambda a=alpha: library.attention(query, key, value, out, a))
-        seconds = take_turns(contestants, repetitions)
-    report(f"causal attention forward, n = {length}, {heads} heads, d = {size}, "
-           f"{str(dtype).removeprefix('torch.')}, N(0, 1)", seconds, "PyTorch flash attention",
-           results)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", required=True, help="libflash_entmax_bench_c.so")
@@ -144,10 +113,6 @@ def main():
           f"medians of {arguments.repetitions} runs in turns")
     results = []
     bench_mapping(library, 4096, 4096, arguments.repetitions, results)
-    for dtype in (torch.float32, torch.bfloat16):
-        for length, heads in ((2048, 8), (8192, 2), (32768, 1)):
-            repetitions = arguments.repetitions if length < 32768 else 3
-            bench_attention(library, length, heads, 64, dtype, repetitions, results)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"torch": torch.__version__, "threads": arguments.threads,

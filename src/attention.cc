@@ -2,10 +2,13 @@
 
 #include "flash_entmax/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "attention_checks.h"
 #include "attention_resolved.h"
@@ -139,6 +142,34 @@ Status ListSequences(const AttentionProblem& problem, ResolvedAttention* resolve
   return Status::Ok();
 }
 
+// More entries than this many bytes have are a mistake, and their sum could overflow.
+constexpr int64_t kMaxSupportCapacity = int64_t{1} << 48;
+
+Status CheckOptions(const AttentionOptions& options) {
+  if (options.num_threads < 0) {
+    return BadArgument("num_threads", Number(options.num_threads), "≥ 0");
+  }
+  if (options.support_capacity < -1 || options.support_capacity > kMaxSupportCapacity) {
+    return BadArgument("support_capacity", Number(options.support_capacity),
+                       "-1 or in [0, " + Number(kMaxSupportCapacity) + "]");
+  }
+  return Status::Ok();
+}
+
+Status CheckSaved(const AttentionBuffer& saved, int64_t bytes) {
+  if (saved.data == nullptr) {
+    return BadArgument("saved", "nothing", "a buffer of " + Number(bytes) + " bytes");
+  }
+  if (saved.bytes < bytes) {
+    return BadArgument("saved", Number(saved.bytes) + " bytes",
+                       "of at least " + Number(bytes) + " bytes");
+  }
+  if (reinterpret_cast<uintptr_t>(saved.data) % 64 != 0) {
+    return BadArgument("saved", "a misaligned pointer", "aligned to 64 bytes");
+  }
+  return Status::Ok();
+}
+
 }  // namespace
 
 Expected<ResolvedAttention> ResolveAttention(const AttentionProblem& problem) {
@@ -205,19 +236,7 @@ Status CheckAttentionOutputs(const AttentionProblem& problem, const AttentionOut
       return status;
     }
   }
-  const std::pair<const char*, const TensorView*> inputs[] = {
-      {"query", &problem.query},
-      {"key", &problem.key},
-      {"value", &problem.value},
-      {"alpha_per_head", &problem.alpha_per_head},
-      {"query_scale", &problem.query_scale},
-      {"key_lengths", &problem.key_lengths},
-      {"key_mask", &problem.key_mask},
-      {"bias", &problem.bias},
-      {"alibi_slopes", &problem.alibi_slopes},
-      {"cu_query", &problem.cu_query},
-      {"cu_key", &problem.cu_key}};
-  for (const auto& [name, input] : inputs) {
+  for (const auto& [name, input] : NamedInputs(problem)) {
     for (const Status& status :
          {CheckDisjoint("output", output.view(), name, *input),
           CheckDisjoint("threshold", outputs.threshold.view(), name, *input)}) {
@@ -229,28 +248,49 @@ Status CheckAttentionOutputs(const AttentionProblem& problem, const AttentionOut
 
 Expected<AttentionPlan> PlanAttention(const AttentionProblem& problem,
                                       const AttentionOptions& options) {
-  if (options.num_threads < 0) {
-    return BadArgument("num_threads", Number(options.num_threads), "≥ 0");
-  }
+  if (Status status = CheckOptions(options); !status.ok()) return status;
   try {
     Expected<ResolvedAttention> resolved = ResolveAttention(problem);
     if (!resolved.ok()) return resolved.status();
-    return cpu::PlanForward(problem, *resolved, options);
+    AttentionPlan plan = cpu::PlanForward(problem, *resolved, options);
+    cpu::PlanBackward(problem, *resolved, options, &plan);
+    return plan;
   } catch (const std::bad_alloc&) {
     return Status::OutOfMemory("query: no memory for the list of sequences");
   }
 }
 
 Status AttentionForward(const AttentionProblem& problem, const AttentionOutputs& outputs,
-                        const AttentionOptions& options) {
+                        const AttentionOptions& options, AttentionBuffer saved) {
   if (Status status = CheckAttentionOutputs(problem, outputs); !status.ok()) return status;
-  if (options.num_threads < 0) {
-    return BadArgument("num_threads", Number(options.num_threads), "≥ 0");
-  }
+  if (Status status = CheckOptions(options); !status.ok()) return status;
   try {
     Expected<ResolvedAttention> resolved = ResolveAttention(problem);
     if (!resolved.ok()) return resolved.status();
-    return cpu::RunForward(problem, *resolved, outputs, options);
+    if (options.save_for_backward) {
+      AttentionPlan plan;
+      cpu::PlanBackward(problem, *resolved, options, &plan);
+      if (Status status = CheckSaved(saved, plan.saved_bytes); !status.ok()) return status;
+    }
+    return cpu::RunForward(problem, *resolved, outputs, options, saved);
+  } catch (const std::bad_alloc&) {
+    return Status::OutOfMemory("query: no memory for the workspace; see PlanAttention");
+  }
+}
+
+Status AttentionBackward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                         const AttentionOptions& options, AttentionBuffer saved) {
+  if (Status status = CheckAttentionGradients(problem, gradients); !status.ok()) return status;
+  if (Status status = CheckOptions(options); !status.ok()) return status;
+  try {
+    Expected<ResolvedAttention> resolved = ResolveAttention(problem);
+    if (!resolved.ok()) return resolved.status();
+    AttentionOptions saving = options;
+    saving.save_for_backward = true;
+    AttentionPlan plan;
+    cpu::PlanBackward(problem, *resolved, saving, &plan);
+    if (Status status = CheckSaved(saved, plan.saved_bytes); !status.ok()) return status;
+    return cpu::RunBackward(problem, *resolved, gradients, saving, saved);
   } catch (const std::bad_alloc&) {
     return Status::OutOfMemory("query: no memory for the workspace; see PlanAttention");
   }

@@ -144,6 +144,21 @@ Status BroadcastOptionalTensors(const AttentionProblem& problem, ResolvedAttenti
   return Status::Ok();
 }
 
+std::vector<std::pair<const char*, const TensorView*>> NamedInputs(
+    const AttentionProblem& problem) {
+  return {{"query", &problem.query},
+          {"key", &problem.key},
+          {"value", &problem.value},
+          {"alpha_per_head", &problem.alpha_per_head},
+          {"query_scale", &problem.query_scale},
+          {"key_lengths", &problem.key_lengths},
+          {"key_mask", &problem.key_mask},
+          {"bias", &problem.bias},
+          {"alibi_slopes", &problem.alibi_slopes},
+          {"cu_query", &problem.cu_query},
+          {"cu_key", &problem.cu_key}};
+}
+
 Status CheckOutputShape(const std::string& name, const MutableTensorView& tensor,
                         const Shape& shape) {
   bool same = tensor.rank == shape.rank;

@@ -5,6 +5,8 @@
 #define FLASH_ENTMAX_SRC_ATTENTION_CHECKS_H_
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "attention_resolved.h"
 #include "flash_entmax/attention.h"
@@ -21,6 +23,9 @@ Status CheckAttentionNumbers(const AttentionProblem& problem);
 
 // query_scale, key_mask and bias, broadcast to the sizes in `resolved`.
 Status BroadcastOptionalTensors(const AttentionProblem& problem, ResolvedAttention* resolved);
+
+// The tensors of a problem and their names. Those not given are empty.
+std::vector<std::pair<const char*, const TensorView*>> NamedInputs(const AttentionProblem& problem);
 
 // A result of exactly this shape that may be written to.
 Status CheckOutputShape(const std::string& name, const MutableTensorView& tensor,

@@ -45,8 +45,18 @@ namespace cpu {
 AttentionPlan PlanForward(const AttentionProblem& problem, const ResolvedAttention& resolved,
                           const AttentionOptions& options);
 
+// `saved` is filled (cpu/saved_support.h) if options.save_for_backward.
 Status RunForward(const AttentionProblem& problem, const ResolvedAttention& resolved,
-                  const AttentionOutputs& outputs, const AttentionOptions& options);
+                  const AttentionOutputs& outputs, const AttentionOptions& options,
+                  AttentionBuffer saved);
+
+// Fills the plan's sizes of the saved buffer and of the backward pass's workspace.
+void PlanBackward(const AttentionProblem& problem, const ResolvedAttention& resolved,
+                  const AttentionOptions& options, AttentionPlan* plan);
+
+Status RunBackward(const AttentionProblem& problem, const ResolvedAttention& resolved,
+                   const AttentionGradients& gradients, const AttentionOptions& options,
+                   AttentionBuffer saved);
 
 }  // namespace cpu
 }  // namespace flash_entmax

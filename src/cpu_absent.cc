@@ -22,7 +22,15 @@ Status CheckAttentionOutputs(const AttentionProblem&, const AttentionOutputs&) {
 Expected<AttentionPlan> PlanAttention(const AttentionProblem&, const AttentionOptions&) {
   return Absent();
 }
-Status AttentionForward(const AttentionProblem&, const AttentionOutputs&, const AttentionOptions&) {
+Status CheckAttentionGradients(const AttentionProblem&, const AttentionGradients&) {
+  return Absent();
+}
+Status AttentionForward(const AttentionProblem&, const AttentionOutputs&, const AttentionOptions&,
+                        AttentionBuffer) {
+  return Absent();
+}
+Status AttentionBackward(const AttentionProblem&, const AttentionGradients&,
+                         const AttentionOptions&, AttentionBuffer) {
   return Absent();
 }
 

@@ -1,18 +1,18 @@
-"""The shared table of benchmark workloads (bench/workloads.h), on the GPU with PyTorch."""
+"""The shared table of benchmark workloads (bench/workloads.h), made with PyTorch."""
 
 import math
 
 import torch
 
 
-def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0):
+def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0, device="cuda"):
     """query, key, value, output gradient of (batch, heads, n, size).
 
     gauss(s): q ~ s N(0, 1), k ~ N(0, 1), so that scores have standard deviation s. topic(C):
     segments of 256 positions, each on one of C topics. local: q, k smooth in the position.
     """
-    g = torch.Generator(device="cuda").manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g, device="cuda")
+    g = torch.Generator(device=device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g, device=device)
     shape = (batch, heads, n, size)
     if name.startswith("gauss"):
         q, k = normal(*shape) * float(name[5:]), normal(*shape)
@@ -20,7 +20,7 @@ def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0):
         topics = int(name[5:])
         centre = torch.nn.functional.normalize(normal(batch, heads, topics, size), dim=-1)
         centre = centre * math.sqrt(6 * math.sqrt(size))
-        topic = torch.randint(topics, (batch, heads, (n + 255) // 256), generator=g, device="cuda")
+        topic = torch.randint(topics, (batch, heads, (n + 255) // 256), generator=g, device=device)
         topic = topic.repeat_interleave(256, 2)[:, :, :n, None].expand(-1, -1, -1, size)
         base = torch.gather(centre, 2, topic)
         q, k = base + 0.7 * normal(*shape), base + 0.7 * normal(*shape)

@@ -68,6 +68,20 @@ struct AttentionProblem {
 // no bit of it.
 struct AttentionOptions {
   int num_threads = 0;  // 0 means the OpenMP default.
+  // Reject keys by products in lower precision with a certified error, where the machine is faster
+  // at them. Changes no bit of any result.
+  bool screening = true;
+  // Keep in the saved buffer what AttentionBackward needs.
+  bool save_for_backward = false;
+  // Entries of the support (8 bytes each, 12 for float64) that the saved buffer has room for; −1
+  // chooses. The support of rows that find no room is found again by AttentionBackward.
+  int64_t support_capacity = -1;
+};
+
+// Memory of the caller, aligned to 64 bytes. Contents need no initialisation.
+struct AttentionBuffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
 };
 
 // The positive probabilities in compressed rows; rows are (batch, head, query) in row-major order.
@@ -94,14 +108,32 @@ struct AttentionPlan {
   std::string path;             // "one-pass candidates" or "online softmax"
   std::string instruction_set;  // "AVX3", "AVX2", …
   int num_threads = 1;
-  int rows_per_panel = 0;       // query rows that one thread works on together
-  int keys_per_block = 0;       // keys whose scores are made before any of them is looked at
-  int64_t workspace_bytes = 0;  // packed keys and values, and buffers of all threads
+  int rows_per_panel = 0;        // query rows that one thread works on together
+  int keys_per_block = 0;        // keys whose scores are made before any of them is looked at
+  int64_t workspace_bytes = 0;   // packed keys and values, and buffers of all threads
+  int64_t backward_bytes = 0;    // the same of AttentionBackward
+  int64_t saved_bytes = 0;       // kept from forward to backward; 0 if nothing is to be kept
+  int64_t support_capacity = 0;  // entries that `saved_bytes` has room for
+};
+
+// What AttentionBackward reads and writes: the gradients of a loss. Gradients that are not given
+// are not computed.
+struct AttentionGradients {
+  TensorView output;        // the loss's gradient in the output, of the output's shape and type
+  MutableTensorView query;  // like query
+  MutableTensorView key;    // like key
+  MutableTensorView value;  // like value
+  MutableTensorView alpha;  // [heads], float32 or float64
+  MutableTensorView bias;   // of the bias's own shape (summed where it was broadcast), floating
+  MutableTensorView alibi_slopes;  // [heads], float32 or float64
+  MutableTensorView query_scale;   // of query_scale's own shape, float32 or float64
 };
 
 // Errors name the argument, its value and what is allowed. Every run calls it first.
 Status CheckAttention(const AttentionProblem& problem);
 Status CheckAttentionOutputs(const AttentionProblem& problem, const AttentionOutputs& outputs);
+Status CheckAttentionGradients(const AttentionProblem& problem,
+                               const AttentionGradients& gradients);
 
 Expected<AttentionPlan> PlanAttention(const AttentionProblem& problem,
                                       const AttentionOptions& options = {});
@@ -111,8 +143,21 @@ Expected<AttentionPlan> PlanAttention(const AttentionProblem& problem,
 // twice that of a plain computation in the same precision. Rows that see no key give zeros.
 // NaN in a query row or in a key that it sees gives NaN in that row; NaN in a value matters where
 // its probability is positive.
+// `saved` is used with options.save_for_backward: at least AttentionPlan::saved_bytes.
 Status AttentionForward(const AttentionProblem& problem, const AttentionOutputs& outputs,
-                        const AttentionOptions& options = {});
+                        const AttentionOptions& options = {}, AttentionBuffer saved = {});
+
+// Gradients over the support, from what AttentionForward saved for the same problem and options.
+// With u = p^(2−α) on the support, dP = dO·V and δ = Σ u·dP / Σ u, the gradient in the scores is
+// u·(dP − δ) (Peters, Niculae & Martins 2019); the one in α follows Correia, Niculae & Martins
+// 2019. Rows that see no key get and give zeros. Deterministic: every gradient row has one owner,
+// and any number of threads gives the same bits.
+// A row whose output is NaN gives NaN to its own gradients and to those of every key and value that
+// it sees. NaN in a row of gradients.output, or in a value of positive probability, gives NaN to
+// the row's own gradients and to those of the keys in its support. No other gradient of query, key
+// or value is touched.
+Status AttentionBackward(const AttentionProblem& problem, const AttentionGradients& gradients,
+                         const AttentionOptions& options, AttentionBuffer saved);
 
 }  // namespace flash_entmax
 

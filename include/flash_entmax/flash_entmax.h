@@ -8,6 +8,7 @@
 #include "flash_entmax/loss.h"
 #include "flash_entmax/machine.h"
 #include "flash_entmax/mapping.h"
+#include "flash_entmax/query_scaling.h"
 #include "flash_entmax/status.h"
 #include "flash_entmax/tensor.h"
 

@@ -6,200 +6,22 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
-#include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "attention_resolved.h"
 #include "cpu/attention_panel.h"
+#include "cpu/keys_by_row.h"
+#include "cpu/packed_inputs.h"
 #include "cpu/parallel.h"
+#include "cpu/saved_support.h"
+#include "cpu/screen_int8.h"
 #include "flash_entmax/machine.h"
 #include "math/element.h"
 
 namespace flash_entmax::cpu {
 namespace {
-
-int64_t RoundUp(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// Keys and values of every (sequence, KV head), packed.
-template <typename T>
-class PackedInputs {
- public:
-  // True if rows of `value` can be read where they are by the candidate path.
-  static bool ValuesInPlace(const TensorView& value, const PanelShape& shape, bool softmax) {
-    constexpr DType kDType = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
-    return !softmax && value.dtype == kDType && value.strides[3] == 1 &&
-           value.shape[3] % shape.value_multiple == 0;
-  }
-
-  static int64_t KeyElements(const ResolvedAttention& resolved, const Sequence& sequence,
-                             const PanelShape& shape) {
-    return RoundUp(sequence.mask.key_length, shape.keys_per_block) * resolved.head_size;
-  }
-
-  static int64_t ValueElements(const ResolvedAttention& resolved, const Sequence& sequence,
-                               const PanelShape& shape) {
-    const int64_t step = int64_t{shape.keys_per_block} * kBlocksPerSoftmaxStep;
-    return RoundUp(sequence.mask.key_length, step) *
-           RoundUp(resolved.value_size, shape.value_multiple);
-  }
-
-  PackedInputs(const AttentionProblem& problem, const ResolvedAttention& resolved,
-               const PanelShape& shape, bool softmax, int num_threads)
-      : problem_(problem), resolved_(resolved), shape_(shape) {
-    const bool in_place = ValuesInPlace(problem.value, shape, softmax);
-    const int64_t sequences = static_cast<int64_t>(resolved.sequences.size());
-    heads_.resize(static_cast<size_t>(sequences * resolved.kv_heads));
-    key_bias_.resize(resolved.key_mask ? static_cast<size_t>(sequences) : 0);
-    for (int64_t s = 0; s < sequences; ++s) {
-      if (resolved.key_mask) PackKeyMask(s);
-      for (int64_t kv_head = 0; kv_head < resolved.kv_heads; ++kv_head) {
-        Allocate(s, kv_head, in_place);
-      }
-    }
-    // All blocks of all heads, a few at a time.
-    std::vector<Block> blocks;
-    for (int64_t s = 0; s < sequences; ++s) {
-      const int64_t keys = resolved.sequences[static_cast<size_t>(s)].mask.key_length;
-      const int64_t step = int64_t{shape.keys_per_block} * kBlocksPerSoftmaxStep;
-      for (int64_t kv_head = 0; kv_head < resolved.kv_heads; ++kv_head) {
-        for (int64_t first = 0; first < keys; first += step) blocks.push_back({s, kv_head, first});
-      }
-    }
-    ParallelFor(static_cast<int64_t>(blocks.size()), 1, num_threads,
-                [&](int64_t first, int64_t last, int) {
-                  for (int64_t i = first; i < last; ++i) {
-                    PackStep(blocks[static_cast<size_t>(i)], in_place);
-                  }
-                });
-  }
-
-  PackedHead<T> Get(int64_t sequence, int64_t kv_head) const {
-    const Storage& storage = heads_[Index(sequence, kv_head)];
-    PackedHead<T> head;
-    head.keys = storage.keys.get();
-    head.values = storage.values_in_place ? storage.values_in_place : storage.values.get();
-    head.value_stride = storage.value_stride;
-    head.value_width = RoundUp(resolved_.value_size, shape_.value_multiple);
-    head.values_finite = storage.values_finite->load();
-    if (!key_bias_.empty()) head.key_bias = key_bias_[static_cast<size_t>(sequence)].data();
-    return head;
-  }
-
- private:
-  struct Block {
-    int64_t sequence;
-    int64_t kv_head;
-    int64_t first_key;
-  };
-  struct Storage {
-    std::unique_ptr<T[]> keys;
-    std::unique_ptr<T[]> values;
-    const T* values_in_place = nullptr;
-    int64_t value_stride = 0;
-    std::unique_ptr<std::atomic<bool>> values_finite = std::make_unique<std::atomic<bool>>(true);
-  };
-
-  size_t Index(int64_t sequence, int64_t kv_head) const {
-    return static_cast<size_t>(sequence * resolved_.kv_heads + kv_head);
-  }
-
-  int64_t Offset(const TensorView& tensor, const Sequence& sequence, int64_t kv_head) const {
-    return sequence.batch * tensor.strides[0] + kv_head * tensor.strides[1] +
-           sequence.first_key * tensor.strides[2];
-  }
-
-  void PackKeyMask(int64_t s) {
-    const Sequence& sequence = resolved_.sequences[static_cast<size_t>(s)];
-    const TensorView& mask = resolved_.key_mask;
-    const auto* visible = static_cast<const uint8_t*>(mask.data) + sequence.batch * mask.strides[0];
-    std::vector<T>& bias = key_bias_[static_cast<size_t>(s)];
-    bias.assign(static_cast<size_t>(RoundUp(sequence.mask.key_length, shape_.keys_per_block)),
-                -std::numeric_limits<T>::infinity());
-    for (int64_t j = 0; j < sequence.mask.key_length; ++j) {
-      if (visible[j * mask.strides[1]] != 0) bias[static_cast<size_t>(j)] = T{0};
-    }
-  }
-
-  void Allocate(int64_t s, int64_t kv_head, bool in_place) {
-    const Sequence& sequence = resolved_.sequences[static_cast<size_t>(s)];
-    Storage& storage = heads_[Index(s, kv_head)];
-    // Not initialised here: the threads that pack write every element.
-    storage.keys.reset(new T[static_cast<size_t>(KeyElements(resolved_, sequence, shape_))]);
-    if (in_place) {
-      storage.values_in_place =
-          static_cast<const T*>(problem_.value.data) + Offset(problem_.value, sequence, kv_head);
-      storage.value_stride = problem_.value.strides[2];
-    } else {
-      storage.values.reset(new T[static_cast<size_t>(ValueElements(resolved_, sequence, shape_))]);
-      storage.value_stride = RoundUp(resolved_.value_size, shape_.value_multiple);
-    }
-  }
-
-  // Packs the keys, and if need be the values, of one softmax step.
-  void PackStep(const Block& block, bool in_place) {
-    const Sequence& sequence = resolved_.sequences[static_cast<size_t>(block.sequence)];
-    Storage& storage = heads_[Index(block.sequence, block.kv_head)];
-    const int64_t step = int64_t{shape_.keys_per_block} * kBlocksPerSoftmaxStep;
-    const int64_t end = std::min(block.first_key + step, sequence.mask.key_length);
-    DispatchFloating(problem_.key.dtype, [&](auto type) {
-      PackKeys<decltype(type)>(sequence, block, end, &storage);
-      if (!in_place) PackValues<decltype(type)>(sequence, block, end, &storage);
-    });
-  }
-
-  template <typename Element>
-  void PackKeys(const Sequence& sequence, const Block& block, int64_t end, Storage* storage) {
-    const TensorView& key = problem_.key;
-    const auto* source =
-        static_cast<const Element*>(key.data) + Offset(key, sequence, block.kv_head);
-    const int64_t width = shape_.keys_per_block;
-    const int64_t depth = resolved_.head_size;
-    for (int64_t first = block.first_key; first < end; first += width) {
-      T* target = storage->keys.get() + first * depth;
-      for (int64_t j = 0; j < width; ++j) {
-        const bool real = first + j < sequence.mask.key_length;
-        for (int64_t e = 0; e < depth; ++e) {
-          target[e * width + j] =
-              real ? Convert(source[(first + j) * key.strides[2] + e * key.strides[3]]) : T{0};
-        }
-      }
-    }
-  }
-
-  template <typename Element>
-  void PackValues(const Sequence& sequence, const Block& block, int64_t end, Storage* storage) {
-    const TensorView& value = problem_.value;
-    const auto* source =
-        static_cast<const Element*>(value.data) + Offset(value, sequence, block.kv_head);
-    const int64_t step = int64_t{shape_.keys_per_block} * kBlocksPerSoftmaxStep;
-    bool finite = true;
-    for (int64_t j = block.first_key; j < block.first_key + step; ++j) {
-      T* target = storage->values.get() + j * storage->value_stride;
-      std::fill_n(target, storage->value_stride, T{0});
-      if (j >= end) continue;
-      for (int64_t e = 0; e < resolved_.value_size; ++e) {
-        target[e] = Convert(source[j * value.strides[2] + e * value.strides[3]]);
-        finite = finite && std::isfinite(target[e]);
-      }
-    }
-    if (!finite) storage->values_finite->store(false);
-  }
-
-  static T Convert(double x) { return static_cast<T>(x); }
-  static T Convert(float x) { return static_cast<T>(x); }
-  static T Convert(BFloat16 x) { return static_cast<T>(ToFloat(x)); }
-  static T Convert(Float16 x) { return static_cast<T>(ToFloat(x)); }
-
-  const AttentionProblem& problem_;
-  const ResolvedAttention& resolved_;
-  PanelShape shape_;
-  std::vector<Storage> heads_;
-  std::vector<std::vector<T>> key_bias_;
-};
 
 // One item of work.
 struct Item {
@@ -241,24 +63,48 @@ template <typename T>
 class ForwardRun {
  public:
   ForwardRun(const AttentionProblem& problem, const ResolvedAttention& resolved,
-             const AttentionOutputs& outputs, const AttentionOptions& options)
+             const AttentionOutputs& outputs, const AttentionOptions& options, void* saved)
       : problem_(problem),
         resolved_(resolved),
         outputs_(outputs),
+        saved_(saved),
         shape_(GetPanelShape<T>()),
         rows_per_panel_(int64_t{shape_.rows_per_group} * kGroupsPerPanel),
+        saved_layout_(SavedLayout::Make<T>(resolved, rows_per_panel_, options.support_capacity)),
         packed_(problem, resolved, shape_, AnySoftmax(resolved), options.num_threads),
+        query_stride_(RoundUp(resolved.head_size, shape_.value_multiple)),
         items_(ListItems(resolved, rows_per_panel_)),
         threads_(static_cast<size_t>(ThreadCount(options.num_threads))),
         supports_(outputs.support != nullptr ? items_.size() : 0) {
+    if (saved_ != nullptr) saved_layout_.WriteHeader(saved_);
+    if (!AllSoftmax(resolved) || outputs.support != nullptr) {
+      keys_by_row_.emplace(problem, resolved, shape_, packed_, Screens(resolved, shape_, options),
+                           options.num_threads);
+    }
     for (PanelMemory<T>& memory : threads_) {
-      memory.query.resize(static_cast<size_t>(rows_per_panel_ * resolved.head_size));
+      memory.query.resize(static_cast<size_t>(rows_per_panel_ * query_stride_));
+      memory.rounded_query.resize(
+          static_cast<size_t>(rows_per_panel_ * ScreenDepth(resolved.head_size)));
     }
   }
 
   static bool AnySoftmax(const ResolvedAttention& resolved) {
     return std::any_of(resolved.alpha.begin(), resolved.alpha.end(),
                        [](double alpha) { return alpha == 1.0; });
+  }
+
+  static bool AllSoftmax(const ResolvedAttention& resolved) {
+    return std::all_of(resolved.alpha.begin(), resolved.alpha.end(),
+                       [](double alpha) { return alpha == 1.0; });
+  }
+
+  // Whether keys are rejected by products of 8-bit integers: where the machine has them and the
+  // float tile has their shape.
+  static bool Screens(const ResolvedAttention& resolved, const PanelShape& shape,
+                      const AttentionOptions& options) {
+    return std::is_same_v<T, float> && options.screening && CanScreen() &&
+           shape.rows_per_group == kScreenRows && shape.keys_per_block == kScreenKeys &&
+           resolved.head_size <= kMaxScreenDepth && !AllSoftmax(resolved);
   }
 
   Status Run(const AttentionOptions& options) {
@@ -288,6 +134,7 @@ class ForwardRun {
     const int64_t kv_head = item.head / (resolved_.heads / resolved_.kv_heads);
     PanelInput<T> input;
     input.head = packed_.Get(item.sequence, kv_head);
+    if (keys_by_row_) input.table = keys_by_row_->Get(item.sequence, kv_head);
     input.head_size = resolved_.head_size;
     input.mask = sequence.mask;
     input.modifiers = ModifiersOf(sequence, item.head);
@@ -295,7 +142,20 @@ class ForwardRun {
     input.first_query = item.first_query;
     input.queries = item.queries;
     input.query = PackQuery(item, sequence, memory);
+    input.query_stride = query_stride_;
+    std::optional<SavedPanelWriter<T>> saved;
+    if (saved_ != nullptr) {
+      saved.emplace(saved_layout_, saved_,
+                    (sequence.batch * resolved_.heads + item.head) * resolved_.query_length +
+                        sequence.first_query + item.first_query,
+                    item.queries);
+    }
+    memory->saved = saved ? &*saved : nullptr;
     RunPanel(input, outputs_.support != nullptr, memory);
+    // Where α = 1 the weights of the mean that the backward pass needs are the probabilities.
+    if (saved && input.curve.kind == CurveKind::kSoftmax) {
+      saved->StoreMeans(memory->output.data(), input.head.value_width);
+    }
     Store(item, sequence, input.head.value_width, *memory);
     if (outputs_.support != nullptr) {
       supports_[index] = {memory->support_size, memory->support_key, memory->support_probability};
@@ -333,10 +193,13 @@ class ForwardRun {
       }
       const int64_t offset =
           sequence.batch * query.strides[0] + item.head * query.strides[1] + row * query.strides[2];
-      T* target = memory->query.data() + r * depth;
-      for (int64_t e = 0; e < depth; ++e) {
-        target[e] = static_cast<T>(factor * ReadElement(query, offset + e * query.strides[3]));
-      }
+      T* target = memory->query.data() + r * query_stride_;
+      DispatchFloating(query.dtype, [&](auto type) {
+        const auto* source = static_cast<const decltype(type)*>(query.data) + offset;
+        for (int64_t e = 0; e < depth; ++e) {
+          target[e] = static_cast<T>(factor * ToDouble(source[e * query.strides[3]]));
+        }
+      });
     }
     return memory->query.data();
   }
@@ -349,9 +212,12 @@ class ForwardRun {
       const int64_t offset = sequence.batch * output.strides[0] + item.head * output.strides[1] +
                              row * output.strides[2];
       const T* source = memory.output.data() + r * width;
-      for (int64_t e = 0; e < resolved_.value_size; ++e) {
-        WriteElement(output, offset + e * output.strides[3], static_cast<double>(source[e]));
-      }
+      DispatchFloating(output.dtype, [&](auto type) {
+        auto* target = static_cast<decltype(type)*>(output.data) + offset;
+        for (int64_t e = 0; e < resolved_.value_size; ++e) {
+          Assign(source[e], target + e * output.strides[3]);
+        }
+      });
       if (outputs_.threshold) {
         const MutableTensorView& threshold = outputs_.threshold;
         WriteElement(threshold,
@@ -361,6 +227,12 @@ class ForwardRun {
       }
     }
   }
+
+  // The output has the type of the query, so T is no wider than float unless both are double.
+  static void Assign(T x, double* y) { *y = static_cast<double>(x); }
+  static void Assign(T x, float* y) { *y = static_cast<float>(x); }
+  static void Assign(T x, BFloat16* y) { *y = ToBFloat16(static_cast<float>(x)); }
+  static void Assign(T x, Float16* y) { *y = ToFloat16(static_cast<float>(x)); }
 
   // Joins the items' supports in the order of rows.
   void AssembleSupport() const {
@@ -396,9 +268,13 @@ class ForwardRun {
   const AttentionProblem& problem_;
   const ResolvedAttention& resolved_;
   const AttentionOutputs& outputs_;
+  void* saved_;  // Null if nothing is to be kept for the backward pass.
   PanelShape shape_;
   int64_t rows_per_panel_;
+  SavedLayout saved_layout_;
   PackedInputs<T> packed_;
+  std::optional<KeysByRow<T>> keys_by_row_;  // Not where α = 1 everywhere.
+  int64_t query_stride_;
   std::vector<Item> items_;
   std::vector<PanelMemory<T>> threads_;
   std::vector<ItemSupport> supports_;
@@ -406,7 +282,7 @@ class ForwardRun {
 
 template <typename T>
 void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved,
-              AttentionPlan* plan) {
+              const AttentionOptions& options, AttentionPlan* plan) {
   const PanelShape shape = GetPanelShape<T>();
   const bool softmax = ForwardRun<T>::AnySoftmax(resolved);
   plan->rows_per_panel = shape.rows_per_group * kGroupsPerPanel;
@@ -420,12 +296,20 @@ void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved
     }
     if (resolved.key_mask) elements += RoundUp(sequence.mask.key_length, shape.keys_per_block);
   }
-  // Query and output of a panel, and its candidate lists as they start.
+  // Query, output and the scores of the first keys of a panel, and its candidate lists as they
+  // start.
   constexpr int64_t kInitialList = 1024;
   const int64_t stride = RoundUp(resolved.value_size, shape.value_multiple);
   const int64_t per_thread = plan->rows_per_panel * (resolved.head_size + stride + kInitialList);
   plan->workspace_bytes =
       (elements + per_thread * plan->num_threads) * static_cast<int64_t>(sizeof(T));
+  if (ForwardRun<T>::AllSoftmax(resolved)) return;
+  const bool screening = ForwardRun<T>::Screens(resolved, shape, options);
+  for (const Sequence& sequence : resolved.sequences) {
+    plan->workspace_bytes +=
+        resolved.kv_heads * KeysByRow<T>::Bytes(problem, resolved, sequence, shape, screening);
+  }
+  if (screening) plan->path += ", keys rejected by 8-bit products";
 }
 
 }  // namespace
@@ -443,19 +327,21 @@ AttentionPlan PlanForward(const AttentionProblem& problem, const ResolvedAttenti
   plan.instruction_set = ActiveInstructionSet();
   plan.num_threads = ThreadCount(options.num_threads);
   if (problem.query.dtype == DType::kFloat64) {
-    FillPlan<double>(problem, resolved, &plan);
+    FillPlan<double>(problem, resolved, options, &plan);
   } else {
-    FillPlan<float>(problem, resolved, &plan);
+    FillPlan<float>(problem, resolved, options, &plan);
   }
   return plan;
 }
 
 Status RunForward(const AttentionProblem& problem, const ResolvedAttention& resolved,
-                  const AttentionOutputs& outputs, const AttentionOptions& options) {
+                  const AttentionOutputs& outputs, const AttentionOptions& options,
+                  AttentionBuffer saved) {
+  void* data = options.save_for_backward ? saved.data : nullptr;
   if (problem.query.dtype == DType::kFloat64) {
-    return ForwardRun<double>(problem, resolved, outputs, options).Run(options);
+    return ForwardRun<double>(problem, resolved, outputs, options, data).Run(options);
   }
-  return ForwardRun<float>(problem, resolved, outputs, options).Run(options);
+  return ForwardRun<float>(problem, resolved, outputs, options, data).Run(options);
 }
 
 }  // namespace flash_entmax::cpu

@@ -1,24 +1,30 @@
 // One panel of query rows of exact α-entmax attention on a CPU.
 //
 // α > 1, one pass over the keys (algorithm: DESIGN.md, "One dense product"). A panel is a few
-// groups of query rows; a group is as tall as the register tile. For every block of keys (packed,
-// one tile wide) and every group:
-//   1. scores of the tile: one register-blocked product;
-//   2. while they are in registers, one comparison with each row's bound. In the common case no
-//      score is above it, and the tile is forgotten;
-//   3. else the tile is stored to the first-level cache and only its rows with a hit are looked at:
-//      their scores above the bound are compressed into the row's candidate list.
-// A row's bound is a threshold of keys seen so far, so it never exceeds the final one and only
-// rises (facts F1 and F2): whatever it excludes is an exact zero. It is raised whenever a list has
-// grown by half: a few Newton steps on the list, which is then pruned.
-// At the end the threshold is solved on each list in double, and the output is accumulated over the
-// support alone.
+// groups of query rows; a group is as tall as the register tile. Every row has a bound: a threshold
+// of keys seen so far, which never exceeds the final one and only rises (facts F1 and F2), so that
+// whatever it excludes is an exact zero.
+//   1. Opening (opening-inl.h): exact scores of the first half a thousand keys. The maxima of
+//      disjoint sets of them give all rows of a group their first bounds at once, without lists;
+//      the scores above become the rows' candidate lists. A row that has no more keys ends here.
+//   2. Search (search-inl.h), in chunks that double: which of the chunk's keys may be above the
+//      bounds? Blocks whose largest possible score is not, by their norm and position, are skipped;
+//      the others are tested by a register tile of 8-bit products with a certified error
+//      (screen_int8.h), or of T where the machine or the numbers do not allow that. A tile leaves
+//      nothing behind but the few keys that passed.
+//   3. After a chunk the keys that passed are scored exactly, each alone, from rows of the keys;
+//      those above the bound join the list, and two Newton steps raise the bound. A chunk sees the
+//      bounds as they were at its start, so results do not depend on how its keys were tested.
+//   4. The threshold is solved on each list in double, and the output summed over the support
+//      (finish-inl.h).
+// A group whose lists hold a good part of the keys changes to dense products (dense-inl.h).
 //
 // Keys are visited from the newest to the oldest: in causal rows the newest are the likeliest to
-// hold the maximum, and order is free.
+// hold the maximum, and order is free. With a position bias the visit starts at the query's own
+// position, and ends where the bias alone proves the rest zero.
 //
-// Memory traffic: the packed keys once per panel from the second- or third-level cache (4 bytes a
-// key element per 48 rows with AVX-512), the values of the support, nothing of size n².
+// Memory traffic: of the keys one byte an element per 48 rows, from the second- or third-level
+// cache, and of the few keys that pass and of the support the rows; nothing of size n².
 //
 // α = 1 runs as flash softmax: softmax-inl.h.
 
@@ -36,7 +42,11 @@
 #include "hwy/foreach_target.h"
 // Must follow foreach_target.h, which includes this file once for every instruction set.
 #include "cpu/candidates-inl.h"
+#include "cpu/dense-inl.h"
+#include "cpu/finish-inl.h"
+#include "cpu/opening-inl.h"
 #include "cpu/scores-inl.h"
+#include "cpu/search-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/threshold-inl.h"
 #include "cpu/tile-inl.h"
@@ -46,172 +56,244 @@ HWY_BEFORE_NAMESPACE();
 namespace flash_entmax::cpu {
 namespace HWY_NAMESPACE {
 
-// out = Σ probability·values[key] over the list.
+// Key blocks whose scores start a panel's lists. Their scores take the room of the first-level
+// cache, and their threshold is not far below that of a row of many thousand keys.
+constexpr int64_t kOpeningBlocks = 16;
+// A group of rows is dense when its lists hold more than one key in this many.
+constexpr int64_t kDenseShare = 8;
+// The same where powers are expensive, which makes every score that is kept expensive.
+constexpr int64_t kGeneralDenseShare = 3;
+// And where the first keys are all there are, so that their scores have been made already.
+constexpr int64_t kShortDenseShare = 16;
+
+// Where a panel starts and how far it has to go.
 template <typename T>
-void AccumulateValues(const CandidateList<T>& list, const T* probability, const PackedHead<T>& head,
-                      T* HWY_RESTRICT out) {
-  constexpr size_t kChunk = 4;
-  const hn::ScalableTag<T> d;
-  const size_t lanes = hn::Lanes(d);
-  const auto padded = static_cast<size_t>(head.value_width);
-  size_t e = 0;
-  for (; e + kChunk * lanes <= padded; e += kChunk * lanes) {
-    auto a0 = hn::Zero(d);
-    auto a1 = a0;
-    auto a2 = a0;
-    auto a3 = a0;
-    for (size_t i = 0; i < list.count; ++i) {
-      const T* HWY_RESTRICT v = head.values + list.key[i] * head.value_stride + e;
-      const auto p = hn::Set(d, probability[i]);
-      a0 = hn::MulAdd(p, hn::LoadU(d, v), a0);
-      a1 = hn::MulAdd(p, hn::LoadU(d, v + lanes), a1);
-      a2 = hn::MulAdd(p, hn::LoadU(d, v + 2 * lanes), a2);
-      a3 = hn::MulAdd(p, hn::LoadU(d, v + 3 * lanes), a3);
-    }
-    hn::StoreU(a0, d, out + e);
-    hn::StoreU(a1, d, out + e + lanes);
-    hn::StoreU(a2, d, out + e + 2 * lanes);
-    hn::StoreU(a3, d, out + e + 3 * lanes);
+Visit MakeVisit(const PanelInput<T>& input) {
+  const int64_t last_row = input.first_query + input.queries - 1;
+  const BlockRange range = VisibleBlocks(input, input.first_query, last_row);
+  Visit visit{range.first, range.end, range.end - 1};
+  if (input.modifiers.slope != T{0}) {
+    // The keys at the query's own position have no bias against them.
+    const int64_t own = input.mask.Position(last_row) / static_cast<int64_t>(TileWidth<T>());
+    visit.start = std::clamp(own, range.first, std::max(range.first, range.end - 1));
   }
-  for (; e < padded; e += lanes) {
-    auto sum = hn::Zero(d);
-    for (size_t i = 0; i < list.count; ++i) {
-      const T* HWY_RESTRICT v = head.values + list.key[i] * head.value_stride + e;
-      sum = hn::MulAdd(hn::Set(d, probability[i]), hn::LoadU(d, v), sum);
-    }
-    hn::StoreU(sum, d, out + e);
-  }
-}
-
-template <CurveKind kKind>
-HWY_INLINE hn::Vec<DoubleTag> EvaluateLevel(DoubleTag d, hn::Vec<DoubleTag> distance,
-                                            const Level& level) {
-  const auto y = hn::MulAdd(distance, hn::Set(d, level.slope), hn::Set(d, level.shift));
-  hn::Vec<DoubleTag> p;
-  hn::Vec<DoubleTag> u;
-  EvaluateCurve<kKind>(d, y, level.exponent, &p, &u);
-  return hn::Mul(p, hn::Set(d, level.factor));
-}
-
-// Probabilities of the list, in T; drops the candidates that turn out to be zero.
-template <CurveKind kKind, typename T>
-void Probabilities(const Solution& solution, CandidateList<T>* list, T* probability) {
-  const DoubleTag d;
-  const size_t lanes = hn::Lanes(d);
-  size_t kept = 0;
-  for (size_t i = 0; i < list->count; i += lanes) {
-    const auto distance =
-        hn::Sub(hn::Set(d, static_cast<double>(list->max)), LoadScores(d, &list->score[i]));
-    auto p = EvaluateLevel<kKind>(d, distance, solution.level);
-    if (solution.second.factor > 0.0) {
-      p = hn::Add(p, EvaluateLevel<kKind>(d, distance, solution.second));
-    }
-    HWY_ALIGN double p_lane[HWY_MAX_BYTES / sizeof(double)];
-    hn::Store(p, d, p_lane);
-    const size_t size = std::min(lanes, list->count - i);
-    for (size_t j = 0; j < size; ++j) {
-      const T value = static_cast<T>(p_lane[j]);
-      if (!(value > T{0})) continue;
-      probability[kept] = value;
-      list->score[kept] = list->score[i + j];
-      list->key[kept] = list->key[i + j];
-      ++kept;
-    }
-  }
-  list->count = kept;
+  return visit;
 }
 
 template <typename T>
-void AppendSupport(const CandidateList<T>& list, const T* probability, PanelMemory<T>* memory) {
-  const size_t first = memory->support_key.size();
-  memory->support_size.push_back(static_cast<int64_t>(list.count));
-  // Lists run from new key blocks to old ones; the support is reported in ascending order.
-  std::vector<size_t> order(list.count);
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return list.key[a] < list.key[b]; });
-  memory->support_key.resize(first + list.count);
-  memory->support_probability.resize(first + list.count);
-  for (size_t i = 0; i < list.count; ++i) {
-    memory->support_key[first + i] = list.key[order[i]];
-    memory->support_probability[first + i] = static_cast<float>(probability[order[i]]);
+int64_t OpeningBlocks(const PanelInput<T>& input, const Visit& visit) {
+  int64_t blocks = kOpeningBlocks;
+  if (input.modifiers.slope != T{0}) {
+    // With a steep position bias no key further away than a few times 1/slope counts.
+    const double reach = 64.0 / static_cast<double>(input.modifiers.slope);
+    const double wanted = static_cast<double>(input.queries) + reach;
+    const double width = static_cast<double>(TileWidth<T>());
+    blocks = static_cast<int64_t>(
+        std::clamp(std::ceil(wanted / width) + 1.0, 2.0, static_cast<double>(blocks)));
+  }
+  return std::min(blocks, visit.count());
+}
+
+inline int64_t DenseShare(const Curve& curve, bool short_rows) {
+  if (curve.kind == CurveKind::kGeneral && WholeExponent(curve.exponent) == 0) {
+    return kGeneralDenseShare;
+  }
+  return short_rows ? kShortDenseShare : kDenseShare;
+}
+
+// Whether lists cost more than dense products for the group, after the blocks of `seen`.
+template <typename T>
+bool IsDense(const PanelInput<T>& input, const GroupSearch<T>& group, const BlockRange& seen) {
+  size_t listed = 0;
+  int64_t visible = 0;
+  for (int64_t r = 0; r < group.rows; ++r) {
+    listed += group.lists[r].count;
+    visible += VisibleKeys(input, group.first_row + r, seen);
+  }
+  return static_cast<int64_t>(listed) * DenseShare(input.curve, false) > visible;
+}
+
+// Norms and 8-bit rows of a group, and room for its lists.
+template <typename T>
+void PrepareGroup(const PanelInput<T>& input, int64_t index, PanelMemory<T>* memory,
+                  GroupSearch<T>* group) {
+  group->first_row = input.first_query + index * kTileRows;
+  group->rows = std::min<int64_t>(kTileRows, input.queries - index * kTileRows);
+  group->query = input.query + index * kTileRows * input.query_stride;
+  group->lists = memory->lists.data() + index * kTileRows;
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    ResetList(&group->lists[r]);
+    const T* row = group->query + r * input.query_stride;
+    const hn::ScalableTag<T> d;
+    auto square = hn::Zero(d);
+    for (int64_t e = 0; e < input.query_stride; e += static_cast<int64_t>(hn::Lanes(d))) {
+      const auto x = hn::LoadU(d, row + e);
+      square = hn::MulAdd(x, x, square);
+    }
+    group->norm[r] = static_cast<T>(NormFromSquare(
+        static_cast<double>(hn::GetLane(hn::SumOfLanes(d, square))), input.head_size));
+  }
+  std::fill_n(group->limit, kPaddedRows, Infinity<T>());
+  if constexpr (std::is_same_v<T, float> && kTileRows == kScreenRows) {
+    if (input.table.rounded == nullptr || input.modifiers.bias) return;
+    // Padded to a multiple of 64 bytes by its own size.
+    const auto bytes = static_cast<size_t>(kScreenRows * ScreenDepth(input.head_size));
+    int8_t* rounded = memory->rounded_query.data() + static_cast<size_t>(index) * bytes;
+    if (RoundQueries(group->query, static_cast<size_t>(input.query_stride),
+                     static_cast<size_t>(input.head_size), rounded, &group->screen_rows)) {
+      group->rounded_query = rounded;
+    }
   }
 }
 
-// Exact threshold, probabilities and output of one row from its candidates.
-template <CurveKind kKind, typename T>
-void FinishRow(const PanelInput<T>& input, int64_t row, bool want_support, CandidateList<T>* list,
-               PanelMemory<T>* memory) {
-  T* out = memory->output.data() + row * input.head.value_width;
-  double& threshold = memory->threshold[static_cast<size_t>(row)];
-  threshold = std::numeric_limits<double>::quiet_NaN();
-  if (list->not_a_number || list->count == 0) {
-    std::fill_n(out, input.head.value_width,
-                list->not_a_number ? std::numeric_limits<T>::quiet_NaN() : T{0});
-    if (want_support) memory->support_size.push_back(0);
-    return;
+// The blocks of the visit that can still matter: with a position bias, those near enough that some
+// row's largest possible product less the bias is above its bound.
+template <typename T>
+BlockRange ReachOf(const PanelInput<T>& input, const Visit& visit, const GroupSearch<T>* groups,
+                   int64_t group_count) {
+  if (input.modifiers.slope == T{0} || input.modifiers.bias) return {visit.first, visit.end};
+  const auto slope = static_cast<double>(input.modifiers.slope);
+  const auto width = static_cast<int64_t>(TileWidth<T>());
+  BlockRange range{visit.end, visit.first};
+  for (int64_t g = 0; g < group_count; ++g) {
+    if (groups[g].dense) continue;
+    for (int64_t r = 0; r < groups[g].rows; ++r) {
+      const CandidateList<T>& list = groups[g].lists[r];
+      if (list.not_a_number) continue;
+      double largest =
+          static_cast<double>(groups[g].norm[r]) * static_cast<double>(input.table.largest_norm);
+      if (input.modifiers.softcap != T{0}) {
+        largest = std::min(largest, static_cast<double>(input.modifiers.softcap));
+      }
+      // One more key for rounding, and its share of the numbers' sizes.
+      const double bound = static_cast<double>(list.bound);
+      const double room = (largest - bound + 1e-5 * (largest + std::abs(bound))) / slope + 2.0;
+      const int64_t position = input.mask.Position(groups[g].first_row + r);
+      // Written so that NaN and infinities reach everywhere.
+      if (!(room < 0x1p40)) return {visit.first, visit.end};
+      if (!(room >= 0.0)) continue;
+      const auto keys = static_cast<int64_t>(room);
+      range.first = std::min(range.first, std::max(visit.first, (position - keys) / width));
+      range.end = std::max(range.end, std::min(visit.end, (position + keys) / width + 1));
+    }
   }
-  WriteListEnd(list);
-  const Curve& curve = input.curve;
-  const double max = static_cast<double>(list->max);
-  const Solution solution =
-      SolveCurve<kKind>(list->score.data(), list->count, curve, max, list->offset);
-  threshold = solution.threshold;
-  if (memory->scores.size() < list->count) memory->scores.resize(list->count);
-  Probabilities<kKind>(solution, list, memory->scores.data());
-  AccumulateValues(*list, memory->scores.data(), input.head, out);
-  if (want_support) AppendSupport(*list, memory->scores.data(), memory);
+  return range;
+}
+
+// Looks for candidates in the visited blocks [begin, end).
+template <CurveKind kKind, typename T>
+void SearchChunk(const PanelInput<T>& input, const Visit& visit, int64_t begin, int64_t end,
+                 const BlockRange& reach, GroupSearch<T>* groups, int64_t group_count,
+                 PanelMemory<T>* memory) {
+  const auto width = static_cast<int64_t>(TileWidth<T>());
+  const int64_t last_row = input.first_query + input.queries - 1;
+  const BlockRange chunk = visit.Stretch(begin, end - 1);
+  const bool all_visible = chunk.first * width >= input.mask.First(last_row) &&
+                           chunk.end * width <= input.mask.End(input.first_query);
+  // A position bias changes along the chunk, so its limits are made for a few blocks at a time.
+  constexpr int64_t kBlocksPerLimit = 8;
+  const int64_t span = input.modifiers.slope != T{0} ? kBlocksPerLimit : end - begin;
+  for (int64_t first = begin; first < end; first += span) {
+    const int64_t last = std::min(first + span, end) - 1;
+    const BlockRange stretch = visit.Stretch(first, last);
+    if (stretch.end <= reach.first || stretch.first >= reach.end) continue;
+    for (int64_t g = 0; g < group_count; ++g) {
+      SetLimits(input, stretch.first * width, stretch.end * width, &groups[g]);
+    }
+    for (int64_t i = first; i <= last; ++i) {
+      const int64_t block = visit.Block(i);
+      if (block < reach.first || block >= reach.end) continue;
+      const int64_t first_key = block * width;
+      for (int64_t g = 0; g < group_count; ++g) {
+        GroupSearch<T>& group = groups[g];
+        if (group.dense || first_key >= input.mask.End(group.first_row + group.rows - 1) ||
+            first_key + width <= input.mask.First(group.first_row)) {
+          continue;
+        }
+        if constexpr (std::is_same_v<T, float>) {
+          const bool screen =
+              group.rounded_query != nullptr && input.table.bounds[block].norm < kLargestScreenNorm;
+          // In the order of the visit, also where the two tests mix.
+          if (screen ? !memory->hits.HasRoom() : memory->hits.count > 0) {
+            TakeHits(input, all_visible, groups, &memory->hits);
+          }
+          if (screen) {
+            ScreenBlock(input, block, g, group, &memory->hits);
+            continue;
+          }
+        }
+        TestBlock(input, block, &group);
+      }
+    }
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    TakeHits(input, all_visible, groups, &memory->hits);
+  }
+  for (int64_t g = 0; g < group_count; ++g) {
+    if (!groups[g].dense) ScoreNewKeys<kKind>(input, &groups[g]);
+  }
+}
+
+template <CurveKind kKind, typename T>
+void FinishLists(const PanelInput<T>& input, const GroupSearch<T>& group, bool want_support,
+                 PanelMemory<T>* memory) {
+  const int64_t panel_row = group.first_row - input.first_query;
+  for (int64_t r = 0; r < group.rows; ++r) {
+    FinishRow<kKind>(input, panel_row + r, want_support, &group.lists[r], memory);
+  }
 }
 
 template <CurveKind kKind, typename T>
 void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* memory) {
-  constexpr size_t kWidth = TileWidth<T>();
-  const auto depth = static_cast<size_t>(input.head_size);
-  const int64_t groups = (input.queries + kTileRows - 1) / kTileRows;
-  const auto rows_padded = static_cast<size_t>(groups * kTileRows);
+  const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
+  const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
-  for (size_t row = 0; row < rows_padded; ++row) ResetList(&memory->lists[row]);
-  HWY_ALIGN T scores[kTileRows * kWidth];
-  HWY_ALIGN T bounds[kGroupsPerPanel * kTileRows];  // Of the lists, side by side for the tile.
-  std::fill_n(bounds, kGroupsPerPanel * kTileRows, -Infinity<T>());
-  const BlockRange panel =
-      VisibleBlocks(input, input.first_query, input.first_query + input.queries - 1);
-  for (int64_t block = panel.end - 1; block >= panel.first; --block) {
-    const T* keys = input.head.keys + block * static_cast<int64_t>(kWidth * depth);
-    const auto first_key = block * static_cast<int64_t>(kWidth);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first_row = input.first_query + group * kTileRows;
-      const int64_t rows = std::min<int64_t>(kTileRows, input.queries - group * kTileRows);
-      const int64_t last_row = first_row + rows - 1;
-      if (first_key >= input.mask.End(last_row) ||
-          first_key + static_cast<int64_t>(kWidth) <= input.mask.First(first_row)) {
-        continue;
-      }
-      CandidateList<T>* lists = memory->lists.data() + group * kTileRows;
-      Tile<T> tile;
-      tile.Zero();
-      tile.MultiplyAdd(input.query + group * kTileRows * input.head_size, depth, keys, kWidth,
-                       depth);
-      uint32_t hits = 0;
-      if (NeedsModification(input, first_row, last_row, first_key)) {
-        tile.Store(scores, kWidth);
-        for (int64_t r = 0; r < rows; ++r)
-          ModifyScores(input, first_row + r, first_key, scores + r * kWidth);
-        hits = (uint32_t{1} << rows) - 1;
-      } else {
-        hits = tile.RowsAbove(bounds + group * kTileRows) & ((uint32_t{1} << rows) - 1);
-        if (hits != 0) tile.Store(scores, kWidth);
-      }
-      for (; hits != 0; hits &= hits - 1) {
-        const int r = static_cast<int>(hwy::Num0BitsBelowLS1Bit_Nonzero32(hits));
-        AppendHits<kKind>(scores + static_cast<size_t>(r) * kWidth, static_cast<int32_t>(first_key),
-                          input.curve, &lists[r]);
-        bounds[group * kTileRows + r] = lists[r].bound;
-      }
+  GroupSearch<T> groups[kGroupsPerPanel];
+  const Visit visit = MakeVisit(input);
+  const int64_t opening = OpeningBlocks(input, visit);
+  const BlockRange first = opening > 0 ? visit.Stretch(0, opening - 1) : BlockRange{};
+  const bool short_rows = opening == visit.count();
+  for (int64_t g = 0; g < group_count; ++g) {
+    GroupSearch<T>& group = groups[g];
+    PrepareGroup(input, g, memory, &group);
+    if (opening > 0) {
+      OpenGroup<kKind>(input, first, DenseShare(input.curve, short_rows), &group, memory);
+    }
+    if (!short_rows) continue;
+    // These scores are all there are.
+    if (group.dense) {
+      FinishDense<kKind>(input, group, first, want_support, memory);
+    } else {
+      FinishLists<kKind>(input, group, want_support, memory);
     }
   }
-  for (int64_t row = 0; row < input.queries; ++row) {
-    FinishRow<kKind>(input, row, want_support, &memory->lists[static_cast<size_t>(row)], memory);
+  if (short_rows) return;
+  // Chunks grow with what has been seen: a bound is stale for at most as many keys as made it.
+  for (int64_t begin = opening; begin < visit.count();) {
+    const BlockRange reach = ReachOf(input, visit, groups, group_count);
+    if (reach.end <= reach.first) break;
+    // Beyond the reach nothing is looked at; the visit goes on where it turns upwards.
+    const int64_t turn = visit.start - visit.first + 1;
+    if (begin < turn && visit.Block(begin) < reach.first) {
+      begin = turn;
+      continue;
+    }
+    if (begin >= turn && visit.Block(begin) >= reach.end) break;
+    const int64_t end = std::min(visit.count(), 2 * begin);
+    SearchChunk<kKind>(input, visit, begin, end, reach, groups, group_count, memory);
+    for (int64_t g = 0; g < group_count; ++g) {
+      if (!groups[g].dense) {
+        groups[g].dense = IsDense(input, groups[g], visit.Stretch(0, end - 1));
+      }
+    }
+    begin = end;
+  }
+  for (int64_t g = 0; g < group_count; ++g) {
+    if (groups[g].dense) {
+      DenseGroup<kKind>(input, groups[g], want_support, memory);
+    } else {
+      FinishLists<kKind>(input, groups[g], want_support, memory);
+    }
   }
 }
 

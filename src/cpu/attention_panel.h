@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "cpu/curve.h"
+#include "cpu/saved_support.h"
+#include "cpu/screen_int8.h"
 #include "flash_entmax/tensor.h"
 #include "math/visible_keys.h"
 
@@ -58,17 +60,32 @@ struct ScoreModifiers {
   bool any() const { return softcap != T{0} || slope != T{0} || static_cast<bool>(bias); }
 };
 
+// The keys of one KV head once more, as the candidate path looks at single keys and proves others
+// zero.
+template <typename T>
+struct KeyTable {
+  const T* rows = nullptr;  // Key after key, row_stride elements apart, zeros behind head_size.
+  int64_t row_stride = 0;
+  const KeyBlockBound* bounds = nullptr;  // One a block.
+  float largest_norm = 0.0f;              // Over all blocks.
+  // [block][ScreenDepth/4][kScreenKeys][4], see screen_int8.h; null if keys are not screened.
+  const uint8_t* rounded = nullptr;
+};
+
 template <typename T>
 struct PanelInput {
   PackedHead<T> head;
+  KeyTable<T> table;  // Not for α = 1.
   int64_t head_size = 0;
   PositionMask mask;
   ScoreModifiers<T> modifiers;
   Curve curve;
   int64_t first_query = 0;  // Of the panel, within its sequence.
   int64_t queries = 0;
-  // Query rows times scale, [rows up to a whole group][head_size]; zeros behind the last.
+  // Query rows times scale, [rows up to a whole group][query_stride]; zeros behind the last row and
+  // behind head_size.
   const T* query = nullptr;
+  int64_t query_stride = 0;
 };
 
 // The candidates of one row: keys that no bound has excluded yet.
@@ -81,6 +98,7 @@ struct CandidateList {
   T bound = T{0};        // Scores at or below it are exact zeros.
   T max = T{0};
   double offset = 0.0;  // c of curve.h, relative to `max`; a lower bound until the end.
+  size_t scored = 0;    // Of `count` keys, those that have a score already.
   bool not_a_number = false;
 };
 
@@ -88,7 +106,10 @@ struct CandidateList {
 template <typename T>
 struct PanelMemory {
   std::vector<T> query;
+  std::vector<int8_t> rounded_query;
+  ScreenHits hits;
   std::vector<T> scores;
+  std::vector<T> probability;
   std::vector<CandidateList<T>> lists;
   std::vector<T> output;  // [rows][value_width]
   std::vector<double> threshold;
@@ -96,6 +117,8 @@ struct PanelMemory {
   std::vector<int64_t> support_size;
   std::vector<int32_t> support_key;
   std::vector<float> support_probability;
+  // Takes every row of the panel for the backward pass; null if it is not to be kept.
+  SavedPanelWriter<T>* saved = nullptr;
 };
 
 // Runs a panel; leaves output, threshold and, if `want_support`, the support in `memory`.

@@ -53,29 +53,26 @@ T BoundOf(const CandidateList<T>& list, const Curve& curve) {
   return static_cast<T>(max - reach - slack);
 }
 
-// Drops the candidates at or below the bound.
+// Drops the candidates from `first` on that are at or below the bound.
 template <typename T>
-void Prune(CandidateList<T>* list) {
+void Prune(size_t first, CandidateList<T>* list) {
   const hn::ScalableTag<T> d;
   const hn::Rebind<int32_t, decltype(d)> di;
   const size_t lanes = hn::Lanes(d);
   const auto limit = hn::Set(d, list->bound);
-  size_t kept = 0;
-  for (size_t i = 0; i < list->count; i += lanes) {
+  size_t kept = first;
+  for (size_t i = first; i < list->count; i += lanes) {
     const auto score = hn::LoadU(d, list->score.data() + i);
-    // In place: what is written never reaches what has not been read. Behind the end stands −∞.
     const auto above = hn::Gt(score, limit);
-    HWY_ALIGN T scores[HWY_MAX_BYTES / sizeof(T)];
-    HWY_ALIGN int32_t keys[HWY_MAX_BYTES / sizeof(T)];
     const size_t size = hn::CountTrue(d, above);
     if (size == 0) continue;
-    hn::Store(hn::Compress(score, above), d, scores);
+    // In place, in whole vectors: what is written never reaches what has not been read, because
+    // kept ≤ i. Behind the end stands −∞.
+    const auto key = hn::LoadU(di, list->key.data() + i);
     uint8_t bits[8] = {};
     hn::StoreMaskBits(d, above, bits);
-    const auto key = hn::LoadU(di, list->key.data() + i);
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, keys);
-    std::copy_n(scores, size, list->score.data() + kept);
-    std::copy_n(keys, size, list->key.data() + kept);
+    hn::StoreU(hn::Compress(score, above), d, list->score.data() + kept);
+    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + kept);
     kept += size;
   }
   list->count = kept;
@@ -87,10 +84,11 @@ template <CurveKind kKind, typename T>
 void Refine(const Curve& curve, CandidateList<T>* list) {
   WriteListEnd(list);
   list->offset =
-      RaiseLowerBound<kKind>(list->score.data(), list->count, curve, static_cast<double>(list->max),
-                             list->offset, kRefineNewtonSteps);
+      RaiseLowerBoundIn<kKind, T>(list->score.data(), list->count, curve,
+                                  static_cast<double>(list->max), list->offset, kRefineNewtonSteps);
   list->bound = std::max(list->bound, BoundOf(*list, curve));
-  Prune(list);
+  Prune(0, list);
+  list->scored = list->count;
   list->refine_at = list->count + std::max(kRefineStep, list->count / 2);
 }
 
@@ -104,44 +102,45 @@ void RaiseMax(T max, const Curve& curve, CandidateList<T>* list) {
   list->bound = std::max(list->bound, BoundOf(*list, curve));
 }
 
-// Appends the scores of one row and one key block that are above the row's bound.
+// Makes room for the keys of one more tile.
+template <typename T>
+HWY_INLINE void MakeRoom(CandidateList<T>* list) {
+  if (list->score.size() >= list->count + ListPadding<T>()) return;
+  const size_t size = 2 * list->score.size() + ListPadding<T>();
+  list->score.resize(size);
+  list->key.resize(size);
+}
+
+// Takes the scores that were written behind the first `scored` candidates: drops those at or below
+// the bound, takes a new maximum, and raises the bound. Everything that a list does with its new
+// keys happens here, so that a row's result depends on its scores above its bounds and on nothing
+// else, such as the keys that a test in low precision let through.
 template <CurveKind kKind, typename T>
-void AppendHits(const T* HWY_RESTRICT scores, int32_t first_key, const Curve& curve,
-                CandidateList<T>* list) {
+void TakeScores(const Curve& curve, CandidateList<T>* list) {
   const hn::ScalableTag<T> d;
-  const hn::Rebind<int32_t, decltype(d)> di;
+  if (list->not_a_number) list->count = list->scored = 0;
+  if (list->count == list->scored) return;
+  WriteListEnd(list);
   const size_t lanes = hn::Lanes(d);
-  if (list->not_a_number) return;
-  auto max = hn::LoadU(d, scores);
-  auto ordered = hn::Eq(max, max);
-  for (size_t i = lanes; i < TileWidth<T>(); i += lanes) {
-    const auto s = hn::LoadU(d, scores + i);
-    ordered = hn::And(ordered, hn::Eq(s, s));
+  const auto infinity = hn::Set(d, Infinity<T>());
+  auto max = hn::Set(d, list->max);
+  auto finite = hn::FirstN(d, lanes);
+  for (size_t i = list->scored; i < list->count; i += lanes) {
+    const auto s = hn::LoadU(d, list->score.data() + i);
+    finite = hn::And(finite, hn::Lt(s, infinity));
     max = hn::Max(max, s);
   }
-  const T block_max = hn::GetLane(hn::MaxOfLanes(d, max));
-  if (!hn::AllTrue(d, ordered) || block_max == Infinity<T>()) {
+  if (!hn::AllTrue(d, finite)) {
     list->not_a_number = true;
     list->bound = Infinity<T>();
+    list->count = list->scored = 0;
     return;
   }
-  if (block_max > list->max) RaiseMax(block_max, curve, list);
-  if (list->score.size() < list->count + ListPadding<T>()) {
-    const size_t size = 2 * list->score.size() + ListPadding<T>();
-    list->score.resize(size);
-    list->key.resize(size);
-  }
-  const auto limit = hn::Set(d, list->bound);
-  for (size_t i = 0; i < TileWidth<T>(); i += lanes) {
-    const auto s = hn::LoadU(d, scores + i);
-    const auto above = hn::Gt(s, limit);
-    hn::StoreU(hn::Compress(s, above), d, list->score.data() + list->count);
-    uint8_t bits[8] = {};
-    hn::StoreMaskBits(d, above, bits);
-    const auto key = hn::Iota(di, first_key + static_cast<int32_t>(i));
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + list->count);
-    list->count += hn::CountTrue(d, above);
-  }
+  const T new_max = hn::GetLane(hn::MaxOfLanes(d, max));
+  Prune(list->scored, list);
+  if (list->count == list->scored) return;
+  if (new_max > list->max) RaiseMax(new_max, curve, list);
+  list->scored = list->count;
   if (list->count >= list->refine_at) Refine<kKind>(curve, list);
 }
 
@@ -151,7 +150,7 @@ void ResetList(CandidateList<T>* list) {
     list->score.resize(512 + ListPadding<T>());
     list->key.resize(list->score.size());
   }
-  list->count = 0;
+  list->count = list->scored = 0;
   list->refine_at = kRefineStep;
   list->bound = -Infinity<T>();
   list->max = -Infinity<T>();

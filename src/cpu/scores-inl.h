@@ -92,6 +92,24 @@ BlockRange VisibleBlocks(const PanelInput<T>& input, int64_t first_row, int64_t 
   return {first_key / width, (end_key + width - 1) / width};
 }
 
+// The order in which a panel looks at the key blocks of a range: from `start` down, then from
+// `start` up.
+struct Visit {
+  int64_t first = 0;
+  int64_t end = 0;
+  int64_t start = 0;
+
+  int64_t count() const { return end - first; }
+  int64_t Block(int64_t i) const { return i <= start - first ? start - i : first + i; }
+  // The smallest range that holds the visited blocks [begin, last], begin ≤ last.
+  BlockRange Stretch(int64_t begin, int64_t last) const {
+    const int64_t a = Block(begin);
+    const int64_t b = Block(last);
+    if (a <= start && b > start) return {first, b + 1};
+    return {std::min(a, b), std::max(a, b) + 1};
+  }
+};
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_entmax::cpu

@@ -120,7 +120,8 @@ void SoftmaxPanel(const PanelInput<T>& input, PanelMemory<T>* memory) {
         }
         Tile<T> tile;
         tile.Zero();
-        tile.MultiplyAdd(input.query + group * kTileRows * input.head_size, depth,
+        tile.MultiplyAdd(input.query + group * kTileRows * input.query_stride,
+                         static_cast<size_t>(input.query_stride),
                          input.head.keys + block * static_cast<int64_t>(kWidth * depth), kWidth,
                          depth);
         tile.Store(tile_scores, kStep);
@@ -155,6 +156,16 @@ void SoftmaxPanel(const PanelInput<T>& input, PanelMemory<T>* memory) {
     // A NaN sum marks the row; its output may have escaped if every probability was lost to it.
     if (std::isnan(sum[row]))
       std::fill_n(memory->output.data() + row * width, width, std::numeric_limits<T>::quiet_NaN());
+    if (memory->saved == nullptr) continue;
+    if (empty) {
+      memory->saved->AddEmpty();
+    } else if (std::isnan(sum[row])) {
+      memory->saved->AddNotANumber();
+    } else {
+      const int64_t query = input.first_query + static_cast<int64_t>(row);
+      memory->saved->Add(static_cast<double>(max[row]), std::log(sum[row]), nullptr, nullptr,
+                         input.mask.End(query) - input.mask.First(query));
+    }
   }
 }
 

@@ -50,6 +50,90 @@ HWY_INLINE hn::Vec<DoubleTag> LoadScores(DoubleTag d, const float* p) {
 }
 HWY_INLINE hn::Vec<FloatTag> LoadScores(FloatTag d, const float* p) { return hn::LoadU(d, p); }
 
+// The whole number n ≥ 2 that `exponent` is, or 0: α = 1.25 and its like need no logarithm. Numbers
+// within rounding of α − 1 count: they change p by less than its own rounding.
+inline int WholeExponent(double exponent) {
+  const double nearest = std::nearbyint(exponent);
+  const bool whole = nearest >= 2.0 && nearest <= 16.0 && std::abs(exponent - nearest) <= 4e-15;
+  return whole ? static_cast<int>(nearest) : 0;
+}
+
+// x^exponent for float lanes of x in [0, 1], to about 2e-7·exponent: for bounds, which allow for
+// it. Polynomials interpolate log2(1 + f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in Chebyshev's
+// points. 0 where x is below the smallest normal number or the result would be.
+HWY_INLINE hn::Vec<FloatTag> RoughPower(FloatTag d, hn::Vec<FloatTag> x, float exponent) {
+  const hn::RebindToSigned<FloatTag> di;
+  const auto set = [d](float c) HWY_ATTR { return hn::Set(d, c); };
+  // x = 2^e·(1 + f) with 1 + f in [√½, √2).
+  const auto bits = hn::BitCast(di, x);
+  const auto e = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3F3504F3)));
+  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(e))), set(1.0f));
+  auto q = hn::MulAdd(f, set(-0.142759734f), set(0.232652579f));
+  q = hn::MulAdd(f, q, set(-0.249271822f));
+  q = hn::MulAdd(f, q, set(0.287288882f));
+  q = hn::MulAdd(f, q, set(-0.360225182f));
+  q = hn::MulAdd(f, q, set(0.480916708f));
+  q = hn::MulAdd(f, q, set(-0.721352931f));
+  q = hn::MulAdd(f, q, set(1.44269499f));
+  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
+  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-127.0f));
+  const auto whole = hn::Round(y);
+  const auto r = hn::Sub(y, whole);
+  auto w = hn::MulAdd(r, set(0.00133908634f), set(0.00967603192f));
+  w = hn::MulAdd(r, w, set(0.0555035711f));
+  w = hn::MulAdd(r, w, set(0.240221075f));
+  w = hn::MulAdd(r, w, set(0.693147188f));
+  w = hn::MulAdd(r, w, set(1.0f));
+  const auto scale =
+      hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 127))));
+  return hn::IfThenElseZero(hn::Ge(x, set(1.1754944e-38f)), hn::Mul(w, scale));
+}
+
+// The same in double, to about 2e-12·exponent: for scores in float, whose own rounding moves p by
+// far more. A third of the cost of a logarithm and an exponential to the last digit.
+HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, double exponent) {
+  const hn::RebindToSigned<DoubleTag> di;
+  const auto set = [d](double c) HWY_ATTR { return hn::Set(d, c); };
+  const auto bits = hn::BitCast(di, x);
+  const auto e = hn::ShiftRight<52>(hn::Sub(bits, hn::Set(di, 0x3FE6A09E667F3BCD)));
+  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<52>(e))), set(1.0));
+  auto q = hn::MulAdd(f, set(-0.0680628759039059609), set(0.131137437536866836));
+  q = hn::MulAdd(f, q, set(-0.134789287383660427));
+  q = hn::MulAdd(f, q, set(0.13062890256021096));
+  q = hn::MulAdd(f, q, set(-0.14252340755410016));
+  q = hn::MulAdd(f, q, set(0.160182261302960264));
+  q = hn::MulAdd(f, q, set(-0.180432685210201169));
+  q = hn::MulAdd(f, q, set(0.20610869528306625));
+  q = hn::MulAdd(f, q, set(-0.240446626777273036));
+  q = hn::MulAdd(f, q, set(0.28853876232996746));
+  q = hn::MulAdd(f, q, set(-0.360673789771006957));
+  q = hn::MulAdd(f, q, set(0.480898349072796079));
+  q = hn::MulAdd(f, q, set(-0.721347520343086323));
+  q = hn::MulAdd(f, q, set(1.44269504088620331));
+  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
+  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-1022.0));
+  const auto whole = hn::Round(y);
+  const auto r = hn::Sub(y, whole);
+  auto w = hn::MulAdd(r, set(1.3255224878668817e-6), set(0.0000153100794022492974));
+  w = hn::MulAdd(r, w, set(0.000154034558524538394));
+  w = hn::MulAdd(r, w, set(0.00133334505680006457));
+  w = hn::MulAdd(r, w, set(0.00961812915940255819));
+  w = hn::MulAdd(r, w, set(0.0555041094120593299));
+  w = hn::MulAdd(r, w, set(0.240226506958129882));
+  w = hn::MulAdd(r, w, set(0.693147180545933455));
+  w = hn::MulAdd(r, w, set(1.0));
+  const auto scale =
+      hn::BitCast(d, hn::ShiftLeft<52>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 1023))));
+  return hn::IfThenElseZero(hn::Ge(x, set(2.2250738585072014e-308)), hn::Mul(w, scale));
+}
+
+// Above it RoughPower() would be too rough.
+constexpr double kMaxRoughExponent = 32.0;
+
+inline bool UsesRoughPower(double exponent) {
+  return exponent > 1.0 && exponent <= kMaxRoughExponent && WholeExponent(exponent) == 0;
+}
+
 // p and u = p^(2−α) of one curve, as functions of y = m·c + slope·δ (of x = c + δ at m = 0). Lanes
 // outside the support, and δ = ∞, give 0. V is a vector of float or double.
 template <CurveKind kKind, class D, class V = hn::Vec<D>>
@@ -68,6 +152,13 @@ HWY_INLINE void EvaluateCurve(D d, V y, double exponent, V* p, V* u) {
     *p = hn::Mul(*u, *u);
   } else {
     const V t = hn::Sub(one, y);
+    if (const int power = WholeExponent(exponent); power != 0) {
+      const V base = hn::Max(t, zero);
+      *u = base;
+      for (int i = 2; i < power; ++i) *u = hn::Mul(*u, base);
+      *p = hn::Mul(*u, base);
+      return;
+    }
     const auto inside =
         hn::And(hn::Gt(t, zero), hn::Lt(hn::Abs(y), hn::Set(d, hwy::HighestValue<T>())));
     // Lanes outside are moved to y = 0, where the logarithm is harmless.
@@ -136,6 +227,56 @@ CurveSums SumCurve(const T* HWY_RESTRICT scores, size_t n, const Level& level, d
   return sums;
 }
 
+// EvaluateCurve() for scores in T: where those are floats, powers are rough.
+template <CurveKind kKind, typename T, class D, class V = hn::Vec<D>>
+HWY_INLINE void EvaluateRoughly(D d, V y, double exponent, bool rough, V* p, V* u) {
+  if constexpr (kKind == CurveKind::kGeneral && std::is_same_v<T, float>) {
+    if (rough) {
+      using Compute = hn::TFromD<D>;
+      const V t = hn::Max(hn::Sub(hn::Set(d, Compute{1}), y), hn::Zero(d));
+      *u = RoughPower(d, t, static_cast<Compute>(exponent - 1.0));
+      *p = hn::Mul(*u, t);
+      return;
+    }
+  }
+  EvaluateCurve<kKind>(d, y, exponent, p, u);
+}
+
+// Σ p and Σ u alone, as SumCurve(), computed in Compute.
+template <CurveKind kKind, typename Compute, typename T>
+CurveSums SumPowers(const T* HWY_RESTRICT scores, size_t n, const Level& level, double max) {
+  const hn::ScalableTag<Compute> d;
+  using V = hn::Vec<decltype(d)>;
+  const V vmax = hn::Set(d, static_cast<Compute>(max));
+  const V slope = hn::Set(d, static_cast<Compute>(level.slope));
+  const V shift = hn::Set(d, static_cast<Compute>(level.shift));
+  const bool rough = UsesRoughPower(level.exponent);
+  const auto evaluate = [&](size_t i, V* p, V* u) HWY_ATTR {
+    const V y = hn::MulAdd(hn::Sub(vmax, LoadScores(d, scores + i)), slope, shift);
+    EvaluateRoughly<kKind, T>(d, y, level.exponent, rough, p, u);
+  };
+  // Two of each, for the latency of additions.
+  V sum_p0 = hn::Zero(d);
+  V sum_p1 = sum_p0;
+  V sum_u0 = sum_p0;
+  V sum_u1 = sum_p0;
+  const size_t lanes = hn::Lanes(d);
+  for (size_t i = 0; i < n; i += 2 * lanes) {
+    V p;
+    V u;
+    evaluate(i, &p, &u);
+    sum_p0 = hn::Add(sum_p0, p);
+    sum_u0 = hn::Add(sum_u0, u);
+    evaluate(i + lanes, &p, &u);
+    sum_p1 = hn::Add(sum_p1, p);
+    sum_u1 = hn::Add(sum_u1, u);
+  }
+  CurveSums sums;
+  sums.p = static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_p0, sum_p1))));
+  sums.u = static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_u0, sum_u1))));
+  return sums;
+}
+
 // Newton's step on the α-norm, from sums at some c.
 template <CurveKind kKind>
 double NewtonStep(const CurveSums& sums, double m) {
@@ -163,23 +304,35 @@ constexpr bool kHasFloatPass = kKind == CurveKind::kGeneral&& std::is_same_v<T, 
 // How far a solution in float may be off, relative to 1 + c; many times what was ever seen.
 constexpr double kFloatPassError = 1e-4;
 
+// How far rounding of sums in Compute may carry an exact answer too far, relative to 1 + c.
+template <typename Compute>
+constexpr double kRoundingOf = std::is_same_v<Compute, float> ? kFloatPassError : 1e-12;
+
 // A lower bound of the c that solves the row, at or above `lower`, by a few Newton steps from the
-// left. Curves with m ≤ 1 only; for others `lower` is returned.
+// left, summed in Compute, less `error`. Curves with m ≤ 1 only; for others `lower` is returned.
+// Scores are read up to the next multiple of two vectors, as SumCurve() says.
+template <CurveKind kKind, typename Compute, typename T>
+double RaiseLowerBoundIn(const T* scores, size_t n, const Curve& curve, double max, double lower,
+                         int steps, double error = kRoundingOf<Compute>) {
+  if (curve.m > 1.0) return lower;
+  double c = lower;
+  for (int step = 0; step < steps; ++step) {
+    const double change =
+        NewtonStep<kKind>(SumPowers<kKind, Compute>(scores, n, curve.LevelAt(c), max), curve.m);
+    if (!(change > 0.0)) break;
+    c += change;
+    // Nearer than the error that is taken off below.
+    if (std::is_same_v<Compute, float> && change < kFloatPassError) break;
+  }
+  return std::max(lower, c - error * (1.0 + c));
+}
+
+// The same in double, but for scores in float and curves whose powers are expensive.
 template <CurveKind kKind, typename T>
 double RaiseLowerBound(const T* scores, size_t n, const Curve& curve, double max, double lower,
                        int steps) {
-  if (curve.m > 1.0) return lower;
-  double c = lower;
-  double change = 0.0;
-  for (int step = 0; step < steps; ++step) {
-    using Compute = std::conditional_t<kHasFloatPass<kKind, T>, float, double>;
-    change = NewtonStep<kKind>(SumCurve<kKind, Compute>(scores, n, curve.LevelAt(c), max), curve.m);
-    if (!(change > 0.0)) break;
-    c += change;
-  }
-  // Rounding of the sums may carry an exact answer some digits too far.
-  const double error = kHasFloatPass<kKind, T> ? kFloatPassError : 1e-12;
-  return std::max(lower, c - error * (1.0 + c));
+  using Compute = std::conditional_t<kHasFloatPass<kKind, T>, float, double>;
+  return RaiseLowerBoundIn<kKind, Compute>(scores, n, curve, max, lower, steps);
 }
 
 struct Solution {
@@ -189,6 +342,8 @@ struct Solution {
   double threshold = 0.0;  // As Curve::Threshold().
 };
 
+// The step after which a solution is final.
+constexpr double kLastStep = 1e-9;
 // No row needs nearly as many passes; a bound all the same, against rounding that goes in circles.
 constexpr int kMaxPasses = 200;
 
@@ -205,9 +360,10 @@ Solution SolveFromLeft(const T* scores, size_t n, const Curve& curve, double max
     if constexpr (kKind == CurveKind::kSquare) next = ClosedForm(sums, curve, next);
     const double change = next - c;
     c = next;
-    // A step this small is rounding, from either side. Every true step goes up; one that does not,
-    // after the first (which may start a rounding error too far right), is rounding too.
-    if (std::abs(change) <= 2.5e-16 * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0)) break;
+    // Newton's method squares the error: after a step this small what is left is rounding. Every
+    // true step goes up; one that does not, after the first (which may start a rounding error too
+    // far right), is rounding too.
+    if (std::abs(change) <= kLastStep * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0)) break;
   }
   Solution solution;
   solution.level = curve.LevelAt(c);
@@ -262,6 +418,28 @@ Solution SolveForPeak(const T* scores, size_t n, const Curve& curve, double max)
     solution.second = level_at(high);
     solution.second.factor *= weight;
   }
+  return solution;
+}
+
+// SolveCurve() by lean passes, for many scores or expensive powers: Newton's steps on sums in T
+// while they are long, then in double (for scores in float with powers good to about 1e-11).
+template <CurveKind kKind, typename T>
+Solution SolveLean(const T* scores, size_t n, const Curve& curve, double max, double lower) {
+  if ((kKind == CurveKind::kGeneral && curve.m > 1.0)) return SolveForPeak(scores, n, curve, max);
+  constexpr int kRoughSteps = 12;
+  // The sums in float leave an error near 1e-6; the step that removes it is the last one.
+  constexpr double kLastLeanStep = std::is_same_v<T, float> ? 3e-6 : kLastStep;
+  double c = RaiseLowerBoundIn<kKind, T>(scores, n, curve, max, lower, kRoughSteps, /*error=*/0.0);
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    const double change =
+        NewtonStep<kKind>(SumPowers<kKind, double>(scores, n, curve.LevelAt(c), max), curve.m);
+    c += change;
+    if (std::abs(change) <= kLastLeanStep * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0))
+      break;
+  }
+  Solution solution;
+  solution.level = curve.LevelAt(c);
+  solution.threshold = curve.Threshold(max, c);
   return solution;
 }
 

@@ -37,8 +37,7 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
   const size_t block_flag_bytes = static_cast<size_t>(shape.KeyHeads()) * plan.padded_keys /
                                   ColumnsTraits::kBlockKeys * sizeof(int);
   if (cudaMemsetAsync(&saved.control->long_column_count, 0, sizeof(int), stream) != cudaSuccess ||
-      cudaMemsetAsync(scratch.tile_block_flag, 0, block_flag_bytes, stream) != cudaSuccess ||
-      cudaMemsetAsync(scratch.column_count, 0, columns * sizeof(int), stream) != cudaSuccess) {
+      cudaMemsetAsync(scratch.tile_block_flag, 0, block_flag_bytes, stream) != cudaSuccess) {
     return FLASH_ENTMAX_CUDA_FAILURE;
   }
   return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
@@ -71,11 +70,14 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
     // Without lists there is no support to go over, only sums of the tile path to convert.
     if (!plan.tiles_only) {
       const int64_t padded_rows = static_cast<int64_t>(shape.BatchHeads()) * shape.padded_queries;
-      if (!Launch(CountColumnsKernel, padded_rows / kCountColumnsRows, kCountColumnsThreads, 0,
-                  stream, shape, saved.state, scratch.column_count, scratch.slot)) {
+      const int count_blocks = 4 * device.multiprocessors;
+      if (!Launch(ClearColumnsKernel, count_blocks, kCountColumnsThreads, 0, stream, saved.state,
+                  saved.control, columns) ||
+          !Launch(CountColumnsKernel, count_blocks, kCountColumnsThreads, 0, stream, shape,
+                  saved.state, saved.control)) {
         return FLASH_ENTMAX_CUDA_FAILURE;
       }
-      if (ExclusiveSum(scratch.scan, scratch.scan_bytes, scratch.column_count,
+      if (ExclusiveSum(scratch.scan, scratch.scan_bytes, saved.state.column_count,
                        scratch.column_offset, columns, stream) != cudaSuccess) {
         return FLASH_ENTMAX_CUDA_FAILURE;
       }
@@ -85,7 +87,7 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                             output_gradient,
                                             query_gradient,
                                             saved.state,
-                                            scratch.slot,
+                                            saved.control,
                                             scratch.column_offset,
                                             scratch.column_entries};
       const int64_t row_blocks = padded_rows / (kSupportRowsThreads / kLanesPerRow);
@@ -99,7 +101,7 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
                                                       output_gradient,
                                                       AsTensor<Element>(tensors.key_gradient),
                                                       AsTensor<Element>(tensors.value_gradient),
-                                                      scratch.column_count,
+                                                      saved.state.column_count,
                                                       scratch.column_offset,
                                                       scratch.column_entries,
                                                       scratch.order,

@@ -8,13 +8,14 @@
 //      that of fp32 scores;
 //   3. Newton from the left to the threshold, from the bound that screening proved;
 //   4. survivors are moved together, in order;
-//   5. if asked, the support goes to the pool (support_pool.cuh);
+//   5. if asked, the support goes to the pool (support_pool.cuh), with each entry's place among
+//      those of its key (for the backward's transposition);
 //   6. output = sum p V over the survivors.
 // If a row has more keys than slots, the warp starts again with four rows at a time and twice the
 // slots, then two and one. A row too large even for that or one whose support is larger than
 // kMaxSupport sends its unit to the tile path, as do units that the pool has no room for.
 // Traffic: 8 bytes an entry, one key row a candidate, one value row a support entry (both mostly
-// from L2), 8 bytes written a support entry.
+// from L2), 12 bytes written a support entry.
 #ifndef FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
 #define FLASH_ENTMAX_CUDA_FINISH_FORWARD_CUH_
 
@@ -361,9 +362,15 @@ __device__ __forceinline__ void FinishRows(const FinishParams<Element>& params,
       const int64_t offset = __shfl_sync(kFullWarp, base, 0) + inclusive - support;
       const bool fits = offset + support <= params.saved.support_capacity;
       if (fits) {
+        const HeadPlace place(params, hidden_head());
+        int* const column_count =
+            params.saved.column_count +
+            (static_cast<int64_t>(place.batch) * shape.kv_heads + place.key_head) * shape.keys;
         for (int i = quarter; i < support; i += kLanesPerQuery) {
-          params.saved.support_key[offset + i] = (keys + i).Int();
+          const int key = (keys + i).Int();
+          params.saved.support_key[offset + i] = key;
           params.saved.support_excess[offset + i] = (scores + i).Float();
+          params.saved.support_slot[offset + i] = atomicAdd(&column_count[key], 1);
         }
       }
       if (active && quarter == 0) {

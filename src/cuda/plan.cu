@@ -54,6 +54,8 @@ SavedBuffers Plan::Saved(void* base) const {
   saved.control = carver.Take<Control>(1);
   saved.key_norms = carver.Take<uint32_t>(static_cast<size_t>(shape.KeyHeads()) * kKeyNorms);
   saved.state.unit_flag = carver.Take<int>(units);
+  saved.state.column_count =
+      carver.Take<int>(save ? static_cast<size_t>(shape.KeyHeads()) * shape.keys : 0);
   saved.state.unit_support = carver.Take<int>(save ? units : 0);
   saved.zeroed_bytes = carver.bytes();
   saved.state.threshold = carver.Take<float>(rows);
@@ -62,6 +64,7 @@ SavedBuffers Plan::Saved(void* base) const {
   saved.state.flagged_units = carver.Take<int>(units);
   saved.state.support_key = carver.Take<int>(capacity);
   saved.state.support_excess = carver.Take<float>(capacity);
+  saved.state.support_slot = carver.Take<int>(capacity);
   saved.state.weighted_value = carver.Take<uint16_t>(save ? rows * head_dim : 0);
   saved.state.support_capacity = static_cast<int64_t>(capacity);
   // Supports of similar rows differ little: most of the pool belongs to the units.
@@ -97,9 +100,7 @@ BackwardScratch Plan::Backward(void* base, size_t* bytes) const {
   const size_t columns = static_cast<size_t>(shape.KeyHeads()) * shape.keys;
   const size_t padded = static_cast<size_t>(shape.KeyHeads()) * padded_keys;
   scratch.tile_block_flag = carver.Take<int>(padded / Shape::kUnitRows);
-  scratch.column_count = carver.Take<int>(columns);
   scratch.column_offset = carver.Take<int>(columns);
-  scratch.slot = carver.Take<int>(static_cast<size_t>(support_capacity));
   scratch.column_entries = carver.Take<ColumnEntry>(static_cast<size_t>(support_capacity));
   scratch.order = carver.Take<int>(static_cast<size_t>(support_capacity));
   // A long column has more than MaxWarpColumn entries, and at most one piece to so many of them.

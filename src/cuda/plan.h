@@ -15,9 +15,7 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  int* column_count;
   int* column_offset;
-  int* slot;
   ColumnEntry* column_entries;
   int* order;
   LongColumnTask* long_tasks;

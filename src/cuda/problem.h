@@ -129,6 +129,8 @@ struct SavedState {
   int* support_count;       // 0 for rows of the tile path
   int* support_key;         // pool
   float* support_excess;    // pool: z - tau > 0
+  int* support_slot;        // pool: position of the entry among those of its key
+  int* column_count;        // (batch * kv_heads) x keys: their entries
   void* weighted_value;  // mean of V under u = p^(2 - alpha), only for tile-path units (x head_dim)
   int* unit_flag;        // (batch * heads) x units: 1 = tile path
   int* flagged_units;    // their ids, in no particular order

@@ -25,6 +25,12 @@ __device__ __forceinline__ int64_t ReserveSupport(const SavedState& saved, Contr
                                   &control->shared_used, static_cast<unsigned long long>(entries)));
 }
 
+// Whether wide units went to the tile path. Known when the forward is done.
+__device__ __forceinline__ bool PoolOverflowed(const SavedState& saved, const Control* control) {
+  return __ldcg(&control->wide_support) >
+         static_cast<unsigned long long>(saved.support_capacity - saved.shared_first);
+}
+
 // Called by every warp of the forward when it has reserved all it needs. `warps`: their number.
 __device__ __forceinline__ void ClosePool(const SavedState& saved, Control* control, int warps,
                                           int units) {
@@ -37,9 +43,7 @@ __device__ __forceinline__ void ClosePool(const SavedState& saved, Control* cont
     __threadfence();
   }
   if (__shfl_sync(kFullWarp, before, 0) != warps - 1) return;
-  const auto shared_capacity =
-      static_cast<unsigned long long>(saved.support_capacity - saved.shared_first);
-  if (__ldcg(&control->wide_support) <= shared_capacity) return;
+  if (!PoolOverflowed(saved, control)) return;
   for (int unit = lane; unit < units; unit += kWarpSize) {
     if (__ldcg(&saved.unit_support[unit]) > saved.unit_capacity) {
       FlagUnit(saved, control, unit, kFlaggedByFinish);

@@ -4,14 +4,17 @@
 // entries of a row at a time:
 //   1. dP_j = dO . V_j, kept in shared memory; delta = sum u dP / sum u;
 //   2. dS_j = u_j (dP_j - delta); the entry {query, p, dS} is written to its place among the
-//      entries of its key (count_columns.cuh): this is the whole transposition;
+//      entries of its key, which the forward reserved: this is the whole transposition;
 //      dQ = scale sum dS_j K_j.
+// Rows whose unit went to the tile path after they had reserved places write zeros there, unless
+// the places were given out again (count_columns.cuh).
 // Traffic a support entry: 20 bytes read, one value row, one key row (mostly from L2) and 16 bytes
 // written.
 #ifndef FLASH_ENTMAX_CUDA_SUPPORT_ROWS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_SUPPORT_ROWS_BACKWARD_CUH_
 
 #include "gather.cuh"
+#include "support_pool.cuh"
 #include "threshold.cuh"
 
 namespace flash_entmax::cuda {
@@ -22,8 +25,8 @@ struct SupportRowsParams {
   Tensor<const Element> key, value, output_gradient;
   Tensor<Element> query_gradient;
   SavedState saved;
-  const int* slot;           // pool: position of the entry among those of its key
-  const int* column_offset;  // (batch * kv_heads) x keys: exclusive sums of the entries' numbers
+  const Control* control;
+  const int* column_offset;  // (batch * kv_heads) x keys: exclusive sums of column_count
   ColumnEntry* column_entries;
 };
 
@@ -58,11 +61,12 @@ __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
   const bool valid = row < shape.queries;
   const bool tile_path =
       params.saved.unit_flag[head * shape.Units() + row / Shape::kUnitRows] != kListPath;
-  const int count = valid && !tile_path ? params.saved.support_count[padded_row] : 0;
+  const bool has_places = !tile_path || !PoolOverflowed(params.saved, params.control);
+  const int count = valid && has_places ? params.saved.support_count[padded_row] : 0;
   const int64_t offset = count ? params.saved.support_offset[padded_row] : 0;
   const int* const keys = params.saved.support_key + offset;
   const float* const excesses = params.saved.support_excess + offset;
-  const int* const slots = params.slot + offset;
+  const int* const slots = params.saved.support_slot + offset;
   float* const products = shared_products[warp][part];
   const int batch = head / shape.heads, query_head = head % shape.heads;
   const int kv_head = query_head / shape.group;
@@ -114,6 +118,7 @@ __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
       float p, u;
       rule.Weights(__ldg(excesses + i), &p, &u);
       ds = u * (products[i] - delta);
+      if (tile_path) p = ds = 0.0f;
       const int64_t place =
           static_cast<int64_t>(__ldg(params.column_offset + column_base + key)) + __ldg(slots + i);
       params.column_entries[place] = ColumnEntry{query_id, p, ds, 0};

@@ -99,6 +99,17 @@ TEST(DemoEmbedding, HasLengthOneAndDependsOnTheSeed) {
   EXPECT_NE(rows, EmbedText(text, DefaultEmbedding(2), 2));
 }
 
+// Up to rounding: rows that are computed together may make the library choose another way of
+// summing.
+void ExpectSameDistribution(const Prediction& a, const Prediction& b, int64_t position) {
+  ASSERT_EQ(a.KeptAt(position).size(), b.KeptAt(position).size()) << position;
+  for (size_t byte = 0; byte < kByteValues; ++byte) {
+    EXPECT_NEAR(static_cast<double>(a.DistributionAt(position)[byte]),
+                static_cast<double>(b.DistributionAt(position)[byte]), 1e-6)
+        << position;
+  }
+}
+
 TEST(DemoRetrieval, DoesNotLeakTheAnswer) {
   const std::string text = SampleText(600);
   const Stretch positions = {1, 600};
@@ -114,7 +125,7 @@ TEST(DemoRetrieval, DoesNotLeakTheAnswer) {
       const auto after = other.Predict(positions, setting, true);
       ASSERT_TRUE(IsOk(after.status()));
       for (int64_t i = 1; i <= static_cast<int64_t>(from); ++i) {
-        EXPECT_TRUE(std::ranges::equal(before->DistributionAt(i), after->DistributionAt(i))) << i;
+        ExpectSameDistribution(*before, *after, i);
       }
     }
     for (int64_t i = positions.first; i < positions.end; ++i) {
@@ -175,7 +186,7 @@ TEST(DemoRetrieval, PiecesAgreeWithSingleRows) {
   for (const int64_t i : {1, 63, 64, 65, 8191, 8192, 8193, 8999}) {
     const auto one = retrieval.Predict({i, i + 1}, setting, true);
     ASSERT_TRUE(IsOk(one.status()));
-    EXPECT_TRUE(std::ranges::equal(all->DistributionAt(i), one->DistributionAt(i))) << i;
+    ExpectSameDistribution(*all, *one, i);
     EXPECT_EQ(all->KeptAt(i).size(), one->KeptAt(i).size()) << i;
     EXPECT_EQ(all->KeptAt(i).front().position, one->KeptAt(i).front().position) << i;
   }

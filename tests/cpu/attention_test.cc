@@ -10,9 +10,8 @@
 
 #include "flash_entmax/attention.h"
 #include "flash_entmax/machine.h"
-#include "reference/attention_reference.h"
 #include "testing/attention_case.h"
-#include "testing/compare.h"
+#include "testing/attention_results.h"
 #include "testing/random.h"
 #include "testing/status.h"
 #include "testing/stored_tensor.h"
@@ -22,142 +21,12 @@ namespace {
 
 using testing::AttentionCase;
 using testing::AttentionFeatures;
-using testing::EpsilonOf;
-using testing::Error;
+using testing::AttentionResults;
 using testing::IsOk;
 using testing::Random;
+using testing::RunAndCompare;
 using testing::SeedMessage;
 using testing::StoredTensor;
-
-// Storage of what a call produces, poisoned.
-struct Results {
-  StoredTensor output;
-  StoredTensor threshold;
-  AttentionSupport support;
-
-  Results(const testing::AttentionShape& shape, DType dtype, Random* layout)
-      : output(dtype, {shape.batch, shape.heads, shape.queries, shape.value_size}, layout),
-        threshold(DType::kFloat64, {shape.batch, shape.heads, shape.queries}, layout) {}
-
-  AttentionOutputs views(bool with_support) {
-    return {output.mutable_view(), threshold.mutable_view(), with_support ? &support : nullptr};
-  }
-};
-
-double Alpha(const AttentionProblem& problem, int64_t head) {
-  return problem.alpha_per_head
-             ? ReadElement(problem.alpha_per_head, head * problem.alpha_per_head.strides[0])
-             : problem.alpha;
-}
-
-// Largest |query|·|key| product sum of a row: what rounding of its scores is relative to.
-double ScoreMagnitude(const AttentionCase& data, const AttentionProblem& problem, int64_t b,
-                      int64_t h, int64_t i) {
-  const testing::AttentionShape& shape = data.shape();
-  const double scale =
-      problem.scale ? *problem.scale : 1.0 / std::sqrt(static_cast<double>(shape.head_size));
-  const int64_t kv_head = h / (shape.heads / shape.kv_heads);
-  double largest = 0.0;
-  for (int64_t j = 0; j < shape.keys; ++j) {
-    double sum = 0.0;
-    for (int64_t e = 0; e < shape.head_size; ++e) {
-      sum += std::fabs(data.query.Get({b, h, i, e}) * data.key.Get({b, kv_head, j, e}));
-    }
-    if (std::isfinite(sum)) largest = std::max(largest, std::fabs(scale) * sum);
-  }
-  double factor = 1.0;
-  if (problem.query_scale) {
-    factor = std::fabs(testing::GetBroadcast(data.query_scale, {b, h, i}));
-  }
-  return largest * std::max(factor, 1.0) + static_cast<double>(shape.keys) + 8.0;
-}
-
-// Compares every row of `results` with the reference. A score carries an error of δ from rounding;
-// a probability then moves by p^(2−α)·δ, an output by that times the values, and the support may
-// differ only by keys whose score is within δ of the threshold.
-void ExpectMatchesReference(const AttentionCase& data, const AttentionProblem& problem,
-                            const Results& results, bool with_support) {
-  const testing::AttentionShape& shape = data.shape();
-  const DType dtype = results.output.dtype();
-  const double epsilon = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
-  double largest_value = 0.0;
-  for (const double v : data.value.Values()) {
-    if (std::isfinite(v)) largest_value = std::max(largest_value, std::fabs(v));
-  }
-  int64_t row = 0;
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      const double alpha = Alpha(problem, h);
-      for (int64_t i = 0; i < shape.queries; ++i, ++row) {
-        SCOPED_TRACE("row " + std::to_string(b) + " " + std::to_string(h) + " " +
-                     std::to_string(i) + " alpha " + std::to_string(alpha));
-        const reference::AttentionRow want = reference::AttentionForwardRow(problem, b, h, i);
-        const double delta = 4.0 * epsilon * static_cast<double>(shape.head_size + 8) *
-                             ScoreMagnitude(data, problem, b, h, i);
-        double sensitivity = 0.0;  // Σ p^(2−α), with p as large as rounding can make it.
-        for (const double p : want.probability) {
-          const double raised =
-              p > 0.0 ? std::max(p, std::pow(delta, 1.0 / std::max(alpha - 1.0, 1e-9))) : 0.0;
-          if (raised > 0.0) sensitivity += std::pow(raised, 2.0 - alpha);
-        }
-        sensitivity = std::isnan(sensitivity) ? 1.0 : std::max(sensitivity, 1.0);
-        for (int64_t e = 0; e < shape.value_size; ++e) {
-          const double got = results.output.Get({b, h, i, e});
-          const double exact = want.output[static_cast<size_t>(e)];
-          const double bound = 4.0 * delta * sensitivity * largest_value +
-                               EpsilonOf(dtype) * std::fabs(exact) +
-                               2.0 * testing::RoundingNearZero(dtype);
-          ASSERT_LE(Error(got, exact), bound) << got << " instead of " << exact;
-        }
-        const double tau = results.threshold.Get({b, h, i});
-        ASSERT_LE(Error(tau, want.threshold), 4.0 * std::max(1.0, alpha) * delta);
-        if (!with_support) continue;
-        const int64_t begin = results.support.row_offsets[static_cast<size_t>(row)];
-        const int64_t end = results.support.row_offsets[static_cast<size_t>(row) + 1];
-        std::vector<double> got(want.probability.size(), 0.0);
-        for (int64_t entry = begin; entry < end; ++entry) {
-          const int32_t key = results.support.key_index[static_cast<size_t>(entry)];
-          ASSERT_GE(key, entry == begin
-                             ? 0
-                             : results.support.key_index[static_cast<size_t>(entry) - 1] + 1);
-          ASSERT_LT(static_cast<size_t>(key), got.size());
-          got[static_cast<size_t>(key)] =
-              static_cast<double>(results.support.probability[static_cast<size_t>(entry)]);
-          ASSERT_GT(got[static_cast<size_t>(key)], 0.0);
-        }
-        if (std::isnan(want.threshold)) {
-          ASSERT_EQ(begin, end);
-          continue;
-        }
-        for (size_t j = 0; j < got.size(); ++j) {
-          const double p = want.probability[j];
-          const double top = std::max(p, got[j]);
-          const double slope =
-              top > 0.0
-                  ? std::pow(std::max(top, std::pow(delta, 1.0 / std::max(alpha - 1.0, 1e-9))),
-                             2.0 - alpha)
-                  : 0.0;
-          ASSERT_LE(Error(got[j], p), 4.0 * delta * std::max(slope, p) + 2e-7 * p + 1e-37);
-          // A key whose score is clear of the threshold is in both supports or in neither.
-          const double margin = (alpha - 1.0) * want.score[j] - want.threshold;
-          if (alpha > 1.0 && std::fabs(margin) > 8.0 * std::max(1.0, alpha) * delta) {
-            ASSERT_EQ(got[j] > 0.0, margin > 0.0) << "key " << j;
-          }
-        }
-      }
-    }
-  }
-}
-
-void RunAndCompare(const AttentionCase& data, DType dtype, bool with_support, Random* layout,
-                   int num_threads = 0) {
-  Results results(data.shape(), dtype, layout);
-  const AttentionProblem problem = data.problem();
-  ASSERT_TRUE(IsOk(AttentionForward(problem, results.views(with_support), {num_threads})));
-  ASSERT_TRUE(results.output.GapsAreIntact());
-  ASSERT_TRUE(results.threshold.GapsAreIntact());
-  ExpectMatchesReference(data, problem, results, with_support);
-}
 
 TEST(Attention, EveryCombinationOfMasksAndModifiers) {
   SCOPED_TRACE(SeedMessage());
@@ -270,7 +139,7 @@ TEST(Attention, NotANumberStaysInItsRow) {
       features.causal = true;
       AttentionCase data({1, 1, 1, 100, 100, 8, 8}, features, DType::kFloat32, alpha, &random);
       (bad_key ? data.key : data.query).Set({0, 0, 60, 3}, std::nan(""));
-      Results results(data.shape(), DType::kFloat32, nullptr);
+      AttentionResults results(data.shape(), DType::kFloat32, nullptr);
       ASSERT_TRUE(IsOk(AttentionForward(data.problem(), results.views(false))));
       for (int64_t i = 0; i < 100; ++i) {
         const bool touched = bad_key ? i >= 60 : i == 60;
@@ -289,7 +158,7 @@ TEST(Attention, HiddenValuesDoNotMatter) {
     features.causal = true;
     AttentionCase data({1, 1, 1, 50, 50, 8, 8}, features, DType::kFloat32, alpha, &random);
     for (int64_t e = 0; e < 8; ++e) data.value.Set({0, 0, 49, e}, std::nan(""));
-    Results results(data.shape(), DType::kFloat32, nullptr);
+    AttentionResults results(data.shape(), DType::kFloat32, nullptr);
     ASSERT_TRUE(IsOk(AttentionForward(data.problem(), results.views(false))));
     for (int64_t i = 0; i < 49; ++i) {
       ASSERT_FALSE(std::isnan(results.output.Get({0, 0, i, 0}))) << i;
@@ -305,10 +174,10 @@ TEST(Attention, SameBitsForAnyNumberOfThreads) {
     features.causal = true;
     const AttentionCase data({2, 4, 2, 150, 300, 16, 16}, features, DType::kFloat32, alpha,
                              &random);
-    Results one(data.shape(), DType::kFloat32, nullptr);
+    AttentionResults one(data.shape(), DType::kFloat32, nullptr);
     ASSERT_TRUE(IsOk(AttentionForward(data.problem(), one.views(true), {1})));
     for (const int threads : {2, 3, 7}) {
-      Results many(data.shape(), DType::kFloat32, nullptr);
+      AttentionResults many(data.shape(), DType::kFloat32, nullptr);
       ASSERT_TRUE(IsOk(AttentionForward(data.problem(), many.views(true), {threads})));
       EXPECT_EQ(one.output.bytes(), many.output.bytes());
       EXPECT_EQ(one.threshold.bytes(), many.threshold.bytes());
@@ -342,7 +211,7 @@ class BadAttentionInput : public ::testing::Test {
 
   void ExpectRejected(const std::string& argument) {
     EXPECT_TRUE(testing::Rejects(CheckAttention(problem_), argument));
-    Results results(data_.shape(), DType::kFloat32, nullptr);
+    AttentionResults results(data_.shape(), DType::kFloat32, nullptr);
     EXPECT_TRUE(testing::Rejects(AttentionForward(problem_, results.views(true)), argument));
     EXPECT_TRUE(testing::Rejects(PlanAttention(problem_).status(), argument));
     for (const uint8_t byte : results.output.bytes()) ASSERT_EQ(byte, 0xFF);
@@ -442,7 +311,7 @@ TEST_F(BadAttentionInput, OptionalTensors) {
 }
 
 TEST_F(BadAttentionInput, Outputs) {
-  Results results(data_.shape(), DType::kFloat32, nullptr);
+  AttentionResults results(data_.shape(), DType::kFloat32, nullptr);
   AttentionOutputs outputs = results.views(false);
   outputs.output = {};
   EXPECT_TRUE(testing::Rejects(AttentionForward(problem_, outputs), "output"));

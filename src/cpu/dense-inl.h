@@ -1,0 +1,233 @@
+// The dense path: rows of which so many keys are positive that lists cost more than products.
+//
+// A group of rows keeps all its scores (a few hundred kilobytes for tens of thousands of keys: in
+// the second-level cache), solves each row's threshold on them, writes the probabilities over the
+// scores, and multiplies them with the values through the register tile. The keys are read once a
+// group, the values once.
+
+#if defined(FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
+#undef FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
+#else
+#define FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/attention_panel.h"
+#include "cpu/finish-inl.h"
+#include "cpu/opening-inl.h"
+#include "cpu/scores-inl.h"
+#include "cpu/search-inl.h"
+#include "cpu/threshold-inl.h"
+#include "cpu/tile-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flash_entmax::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Keys whose values stay in the first-level cache while a group's tiles pass over them.
+constexpr int64_t kDenseValueStep = 128;
+
+// Whether the row has a threshold; if so its maximum.
+template <typename T>
+bool FiniteMaximum(const T* HWY_RESTRICT scores, size_t n, T* maximum, bool* not_a_number) {
+  const hn::ScalableTag<T> d;
+  const auto infinity = hn::Set(d, Infinity<T>());
+  auto max = hn::Set(d, -Infinity<T>());
+  auto finite = hn::FirstN(d, hn::Lanes(d));
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto s = hn::LoadU(d, scores + i);
+    finite = hn::And(finite, hn::Lt(s, infinity));
+    max = hn::Max(max, s);
+  }
+  *not_a_number = !hn::AllTrue(d, finite);
+  *maximum = hn::GetLane(hn::MaxOfLanes(d, max));
+  return !*not_a_number && *maximum > -Infinity<T>();
+}
+
+// n is a multiple of a vector.
+template <typename T>
+bool AllFinite(const T* HWY_RESTRICT x, size_t n) {
+  const hn::ScalableTag<T> d;
+  const auto infinity = hn::Set(d, Infinity<T>());
+  auto finite = hn::FirstN(d, hn::Lanes(d));
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    finite = hn::And(finite, hn::Lt(hn::Abs(hn::LoadU(d, x + i)), infinity));
+  }
+  return hn::AllTrue(d, finite);
+}
+
+// Probabilities over the scores, in place; returns how many are positive.
+template <CurveKind kKind, typename T>
+int64_t DenseProbabilities(const Solution& solution, double max, size_t n, T* HWY_RESTRICT scores) {
+  const hn::ScalableTag<T> d;
+  int64_t count = 0;
+  if constexpr (kKind == CurveKind::kSquare || kKind == CurveKind::kSparsemax) {
+    // p^m = top − slope·δ: both are accurate in T, so their difference is as good as the scores.
+    const auto top = hn::Set(d, static_cast<T>(1.0 - solution.level.shift));
+    const auto slope = hn::Set(d, static_cast<T>(solution.level.slope));
+    const auto vmax = hn::Set(d, static_cast<T>(max));
+    const auto zero = hn::Zero(d);
+    for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+      const auto distance = hn::Sub(vmax, hn::LoadU(d, scores + i));
+      auto p = hn::Max(hn::NegMulAdd(slope, distance, top), zero);
+      if constexpr (kKind == CurveKind::kSquare) p = hn::Mul(p, p);
+      hn::StoreU(p, d, scores + i);
+      count += static_cast<int64_t>(hn::CountTrue(d, hn::Gt(p, zero)));
+    }
+    return count;
+  }
+  const DoubleTag dd;
+  for (size_t i = 0; i < n; i += hn::Lanes(dd)) {
+    const auto distance = hn::Sub(hn::Set(dd, max), LoadScores(dd, scores + i));
+    auto p = EvaluateLevel<kKind, T>(dd, distance, solution.level);
+    if (solution.second.factor > 0.0) {
+      p = hn::Add(p, EvaluateLevel<kKind, T>(dd, distance, solution.second));
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      const hn::Rebind<float, DoubleTag> df;
+      const auto narrow = hn::DemoteTo(df, p);
+      hn::StoreU(narrow, df, scores + i);
+      count += static_cast<int64_t>(hn::CountTrue(df, hn::Gt(narrow, hn::Zero(df))));
+    } else {
+      hn::StoreU(p, dd, scores + i);
+      count += static_cast<int64_t>(hn::CountTrue(dd, hn::Gt(p, hn::Zero(dd))));
+    }
+  }
+  return count;
+}
+
+template <typename T>
+void AppendDenseSupport(const T* probability, size_t n, int64_t first_key, PanelMemory<T>* memory) {
+  const size_t before = memory->support_key.size();
+  for (size_t j = 0; j < n; ++j) {
+    if (!(probability[j] > T{0})) continue;
+    memory->support_key.push_back(static_cast<int32_t>(first_key) + static_cast<int32_t>(j));
+    memory->support_probability.push_back(ReportedProbability(probability[j]));
+  }
+  memory->support_size.push_back(static_cast<int64_t>(memory->support_key.size() - before));
+}
+
+// output (kTileRows × value_width) = probability (kTileRows rows, `stride` apart) · values of
+// [first_key, first_key + keys).
+template <typename T>
+void MultiplyDense(const T* probability, size_t stride, int64_t keys, const PackedHead<T>& head,
+                   int64_t first_key, T* output) {
+  const auto width = static_cast<size_t>(head.value_width);
+  const auto value_stride = static_cast<size_t>(head.value_stride);
+  std::fill_n(output, kTileRows * width, T{0});
+  for (int64_t first = 0; first < keys; first += kDenseValueStep) {
+    const auto step = static_cast<size_t>(std::min(kDenseValueStep, keys - first));
+    const T* values = head.values + (first_key + first) * head.value_stride;
+    size_t e = 0;
+    for (; e + TileWidth<T>() <= width; e += TileWidth<T>()) {
+      Tile<T> tile;
+      tile.Load(output + e, width);
+      tile.MultiplyAdd(probability + first, stride, values + e, value_stride, step);
+      tile.Store(output + e, width);
+    }
+    // At most one vector, since rows are whole vectors.
+    const hn::ScalableTag<T> d;
+    for (; e < width; e += hn::Lanes(d)) {
+      for (size_t r = 0; r < kTileRows; ++r) {
+        auto sum = hn::LoadU(d, output + r * width + e);
+        for (size_t j = 0; j < step; ++j) {
+          sum = hn::MulAdd(hn::Set(d, probability[r * stride + static_cast<size_t>(first) + j]),
+                           hn::LoadU(d, values + j * value_stride + e), sum);
+        }
+        hn::StoreU(sum, d, output + r * width + e);
+      }
+    }
+  }
+}
+
+// One row of the product again, without the values whose probability is zero: 0·NaN is no part of
+// the result.
+template <typename T>
+void MultiplyCarefully(const T* probability, int64_t keys, const PackedHead<T>& head,
+                       int64_t first_key, T* output) {
+  std::fill_n(output, head.value_width, T{0});
+  for (int64_t j = 0; j < keys; ++j) {
+    if (probability[j] == T{0}) continue;
+    const T* value = head.values + (first_key + j) * head.value_stride;
+    for (int64_t e = 0; e < head.value_width; ++e) output[e] += probability[j] * value[e];
+  }
+}
+
+// Thresholds and outputs of a group whose scores of the keys of `range` lie in memory->scores. Its
+// lists, where they have begun, give lower bounds.
+template <CurveKind kKind, typename T>
+void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const BlockRange& range,
+                 bool want_support, PanelMemory<T>* memory) {
+  constexpr auto kWidth = static_cast<int64_t>(TileWidth<T>());
+  const int64_t width = input.head.value_width;
+  const int64_t panel_row = group.first_row - input.first_query;
+  const int64_t first_key = range.first * kWidth;
+  const auto stride = static_cast<size_t>((range.end - range.first) * kWidth);
+  T* scores = memory->scores.data();
+  bool nan_row[kTileRows] = {};
+  for (int64_t r = 0; r < group.rows; ++r) {
+    T* row = scores + static_cast<size_t>(r) * stride;
+    const int64_t out_row = panel_row + r;
+    T max = T{0};
+    if (!FiniteMaximum(row, stride, &max, &nan_row[r])) {
+      std::fill_n(row, stride, T{0});
+      FinishWithoutThreshold(nan_row[r], out_row, want_support, width, memory);
+      continue;
+    }
+    const auto top = static_cast<double>(max);
+    const Curve& curve = input.curve;
+    // λ = max + c, whatever the maximum was then; rounding of this sum is allowed for.
+    const CandidateList<T>& list = group.lists[r];
+    double lower = static_cast<double>(list.max) + list.offset - top;
+    lower -= 1e-6 * (1.0 + std::abs(lower)) + 1e-15 * std::abs(top);
+    lower = lower > 0.0 ? lower : 0.0;
+    const Solution solution = SolveLean<kKind>(row, stride, curve, top, lower);
+    memory->threshold[static_cast<size_t>(out_row)] = solution.threshold;
+    const int64_t count = DenseProbabilities<kKind>(solution, top, stride, row);
+    if (want_support) AppendDenseSupport(row, stride, first_key, memory);
+    if (memory->saved != nullptr) {
+      memory->saved->Add(top, LevelNumber(curve, solution.level), nullptr, nullptr, count);
+    }
+  }
+  for (int64_t r = group.rows; r < kTileRows; ++r) {
+    std::fill_n(scores + static_cast<size_t>(r) * stride, stride, T{0});
+  }
+  T* output = memory->output.data() + panel_row * width;
+  const int64_t keys =
+      std::min(input.mask.key_length - first_key, (range.end - range.first) * kWidth);
+  MultiplyDense(scores, stride, keys, input.head, first_key, output);
+  for (int64_t r = 0; r < group.rows; ++r) {
+    T* out = output + r * width;
+    if (std::isnan(memory->threshold[static_cast<size_t>(panel_row + r)])) {
+      std::fill_n(out, width, nan_row[r] ? std::numeric_limits<T>::quiet_NaN() : T{0});
+    } else if (!AllFinite(out, static_cast<size_t>(width))) {
+      MultiplyCarefully(scores + static_cast<size_t>(r) * stride, keys, input.head, first_key, out);
+    }
+  }
+}
+
+// A group from scratch.
+template <CurveKind kKind, typename T>
+void DenseGroup(const PanelInput<T>& input, const GroupSearch<T>& group, bool want_support,
+                PanelMemory<T>* memory) {
+  const BlockRange range =
+      VisibleBlocks<T>(input, group.first_row, group.first_row + group.rows - 1);
+  ScoreBlocks(input, group.first_row, group.rows, range, memory);
+  FinishDense<kKind>(input, group, range, want_support, memory);
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace flash_entmax::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_

@@ -1,0 +1,194 @@
+// The end of a row: exact threshold, probabilities, output, and what the caller wants to keep.
+
+#if defined(FLASH_ENTMAX_SRC_CPU_FINISH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASH_ENTMAX_SRC_CPU_FINISH_INL_H_
+#undef FLASH_ENTMAX_SRC_CPU_FINISH_INL_H_
+#else
+#define FLASH_ENTMAX_SRC_CPU_FINISH_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/attention_panel.h"
+#include "cpu/candidates-inl.h"
+#include "cpu/threshold-inl.h"
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flash_entmax::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// out = Σ probability·values[key] over the list.
+template <typename T>
+void AccumulateValues(const CandidateList<T>& list, const T* probability, const PackedHead<T>& head,
+                      T* HWY_RESTRICT out) {
+  constexpr size_t kChunk = 4;
+  const hn::ScalableTag<T> d;
+  const size_t lanes = hn::Lanes(d);
+  const auto padded = static_cast<size_t>(head.value_width);
+  size_t e = 0;
+  for (; e + kChunk * lanes <= padded; e += kChunk * lanes) {
+    auto a0 = hn::Zero(d);
+    auto a1 = a0;
+    auto a2 = a0;
+    auto a3 = a0;
+    for (size_t i = 0; i < list.count; ++i) {
+      const T* HWY_RESTRICT v = head.values + list.key[i] * head.value_stride + e;
+      const auto p = hn::Set(d, probability[i]);
+      a0 = hn::MulAdd(p, hn::LoadU(d, v), a0);
+      a1 = hn::MulAdd(p, hn::LoadU(d, v + lanes), a1);
+      a2 = hn::MulAdd(p, hn::LoadU(d, v + 2 * lanes), a2);
+      a3 = hn::MulAdd(p, hn::LoadU(d, v + 3 * lanes), a3);
+    }
+    hn::StoreU(a0, d, out + e);
+    hn::StoreU(a1, d, out + e + lanes);
+    hn::StoreU(a2, d, out + e + 2 * lanes);
+    hn::StoreU(a3, d, out + e + 3 * lanes);
+  }
+  for (; e < padded; e += lanes) {
+    auto sum = hn::Zero(d);
+    for (size_t i = 0; i < list.count; ++i) {
+      const T* HWY_RESTRICT v = head.values + list.key[i] * head.value_stride + e;
+      sum = hn::MulAdd(hn::Set(d, probability[i]), hn::LoadU(d, v), sum);
+    }
+    hn::StoreU(sum, d, out + e);
+  }
+}
+
+// Probabilities of scores in T at a solved level.
+template <CurveKind kKind, typename T>
+HWY_INLINE hn::Vec<DoubleTag> EvaluateLevel(DoubleTag d, hn::Vec<DoubleTag> distance,
+                                            const Level& level) {
+  const auto y = hn::MulAdd(distance, hn::Set(d, level.slope), hn::Set(d, level.shift));
+  hn::Vec<DoubleTag> p;
+  hn::Vec<DoubleTag> u;
+  EvaluateRoughly<kKind, T>(d, y, level.exponent, UsesRoughPower(level.exponent), &p, &u);
+  return hn::Mul(p, hn::Set(d, level.factor));
+}
+
+template <typename T>
+HWY_INLINE hn::Vec<hn::Rebind<T, DoubleTag>> ToScores(hn::Vec<DoubleTag> x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return hn::DemoteTo(hn::Rebind<float, DoubleTag>(), x);
+  } else {
+    return x;
+  }
+}
+
+// Probabilities of the list, in T, with room for a vector more; drops the candidates that turn out
+// to be zero.
+template <CurveKind kKind, typename T>
+void Probabilities(const Solution& solution, CandidateList<T>* list, T* probability) {
+  const DoubleTag d;
+  const hn::Rebind<T, DoubleTag> dt;
+  const hn::Rebind<int32_t, DoubleTag> di;
+  const size_t lanes = hn::Lanes(d);
+  size_t kept = 0;
+  for (size_t i = 0; i < list->count; i += lanes) {
+    const auto distance =
+        hn::Sub(hn::Set(d, static_cast<double>(list->max)), LoadScores(d, &list->score[i]));
+    auto p = EvaluateLevel<kKind, T>(d, distance, solution.level);
+    if (solution.second.factor > 0.0) {
+      p = hn::Add(p, EvaluateLevel<kKind, T>(d, distance, solution.second));
+    }
+    // Behind the end stands −∞, whose probability is zero. Written in place as Prune() does.
+    const auto value = ToScores<T>(p);
+    const auto positive = hn::Gt(value, hn::Zero(dt));
+    uint8_t bits[8] = {};
+    hn::StoreMaskBits(dt, positive, bits);
+    const auto score = hn::LoadU(dt, list->score.data() + i);
+    const auto key = hn::LoadU(di, list->key.data() + i);
+    hn::StoreU(hn::Compress(value, positive), dt, probability + kept);
+    hn::StoreU(hn::Compress(score, positive), dt, list->score.data() + kept);
+    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + kept);
+    kept += hn::CountTrue(dt, positive);
+  }
+  list->count = kept;
+}
+
+// Probabilities are reported in float; positive ones stay positive.
+template <typename T>
+float ReportedProbability(T probability) {
+  return std::max(static_cast<float>(probability), std::numeric_limits<float>::denorm_min());
+}
+
+template <typename T>
+void AppendSupport(const CandidateList<T>& list, const T* probability, PanelMemory<T>* memory) {
+  const size_t first = memory->support_key.size();
+  memory->support_size.push_back(static_cast<int64_t>(list.count));
+  // Lists run from new key blocks to old ones; the support is reported in ascending order.
+  std::vector<size_t> order(list.count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return list.key[a] < list.key[b]; });
+  memory->support_key.resize(first + list.count);
+  memory->support_probability.resize(first + list.count);
+  for (size_t i = 0; i < list.count; ++i) {
+    memory->support_key[first + i] = list.key[order[i]];
+    memory->support_probability[first + i] = ReportedProbability(probability[order[i]]);
+  }
+}
+
+// A row without a distribution: it sees no key, or one of its scores is NaN or +∞.
+template <typename T>
+void FinishWithoutThreshold(bool not_a_number, int64_t row, bool want_support, int64_t width,
+                            PanelMemory<T>* memory) {
+  memory->threshold[static_cast<size_t>(row)] = std::numeric_limits<double>::quiet_NaN();
+  std::fill_n(memory->output.data() + row * width, width,
+              not_a_number ? std::numeric_limits<T>::quiet_NaN() : T{0});
+  if (want_support) memory->support_size.push_back(0);
+  if (memory->saved != nullptr) {
+    not_a_number ? memory->saved->AddNotANumber() : memory->saved->AddEmpty();
+  }
+}
+
+// Exact threshold, probabilities and output of one row from its candidates.
+template <CurveKind kKind, typename T>
+void FinishRow(const PanelInput<T>& input, int64_t row, bool want_support, CandidateList<T>* list,
+               PanelMemory<T>* memory) {
+  if (list->not_a_number || list->count == 0) {
+    return FinishWithoutThreshold(list->not_a_number, row, want_support, input.head.value_width,
+                                  memory);
+  }
+  // The values arrive while the threshold is solved.
+  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (size_t i = 0; i < std::min<size_t>(list->count, 64); ++i) {
+    const T* value = input.head.values + list->key[i] * input.head.value_stride;
+    for (int64_t e = 0; e < input.head.value_width; e += kPerLine) hwy::Prefetch(value + e);
+  }
+  WriteListEnd(list);
+  const Curve& curve = input.curve;
+  const double max = static_cast<double>(list->max);
+  const Solution solution =
+      kKind == CurveKind::kGeneral
+          ? SolveLean<kKind>(list->score.data(), list->count, curve, max, list->offset)
+          : SolveCurve<kKind>(list->score.data(), list->count, curve, max, list->offset);
+  memory->threshold[static_cast<size_t>(row)] = solution.threshold;
+  const size_t room = list->count + ListPadding<T>();
+  if (memory->probability.size() < room) memory->probability.resize(room);
+  T* probability = memory->probability.data();
+  Probabilities<kKind>(solution, list, probability);
+  AccumulateValues(*list, probability, input.head,
+                   memory->output.data() + row * input.head.value_width);
+  if (memory->saved != nullptr) {
+    memory->saved->Add(max, LevelNumber(curve, solution.level), list->key.data(), probability,
+                       static_cast<int64_t>(list->count));
+  }
+  if (want_support) AppendSupport(*list, probability, memory);
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace flash_entmax::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // FLASH_ENTMAX_SRC_CPU_FINISH_INL_H_

@@ -1,0 +1,232 @@
+#include "cpu/screen_int8.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define FLASH_ENTMAX_HAS_SCREENING 1
+#else
+#define FLASH_ENTMAX_HAS_SCREENING 0
+#endif
+
+#if FLASH_ENTMAX_HAS_SCREENING
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own header leaves variables uninitialised on purpose, and then warns of them.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+// Highway 1.0 has no integer dot product, so these few functions are written with intrinsics.
+#define FLASH_ENTMAX_VNNI \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+
+namespace flash_entmax::cpu {
+namespace {
+
+float RoundUpNorm(float square, size_t depth) {
+  return NormFromSquare(static_cast<double>(square), static_cast<int64_t>(depth));
+}
+
+// Below this a row or block is rounded to zeros, so that no scale overflows.
+constexpr float kSmallest = 1e-30f;
+
+// Adds the products of four unsigned and four signed bytes. Not the intrinsic, because GCC 12 then
+// copies every accumulator at every step, which costs four times the products.
+FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void MultiplyAdd(__m512i keys,
+                                                                         __m512i query,
+                                                                         __m512i* sum) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(keys), "v"(query));
+}
+
+}  // namespace
+
+bool CanScreen() {
+  static const bool can = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni");
+  return can;
+}
+
+FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t depth,
+                                    int8_t* rounded, ScreenRows* rows) {
+  const auto padded = static_cast<size_t>(ScreenDepth(static_cast<int64_t>(depth)));
+  for (int r = kScreenRows; r < 16; ++r) {
+    rows->norm[r] = rows->rounding[r] = 0.0f;
+    rows->inverse_scale[r] = 0.0f;
+    rows->offset[r] = 0;
+  }
+  const __m512 sign = _mm512_set1_ps(-0.0f);
+  for (int r = 0; r < kScreenRows; ++r) {
+    const float* row = query + static_cast<size_t>(r) * stride;
+    __m512 largest = _mm512_setzero_ps();
+    __m512 square = _mm512_setzero_ps();
+    for (size_t e = 0; e < depth; e += 16) {
+      const auto mask = static_cast<__mmask16>(depth - e >= 16 ? 0xFFFF : (1u << (depth - e)) - 1);
+      const __m512 x = _mm512_maskz_loadu_ps(mask, row + e);
+      largest = _mm512_max_ps(largest, _mm512_andnot_ps(sign, x));
+      square = _mm512_fmadd_ps(x, x, square);
+    }
+    rows->norm[r] = RoundUpNorm(_mm512_reduce_add_ps(square), depth);
+    if (!(rows->norm[r] < kLargestScreenNorm)) return false;
+    const float top = _mm512_reduce_max_ps(largest);
+    const float inverse = top < kSmallest ? 0.0f : 127.0f / top;
+    const float scale = top / 127.0f;
+    const __m512 vinverse = _mm512_set1_ps(inverse);
+    const __m512 vscale = _mm512_set1_ps(scale);
+    __m512 error = _mm512_setzero_ps();
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t e = 0; e < depth; e += 16) {
+      const auto mask = static_cast<__mmask16>(depth - e >= 16 ? 0xFFFF : (1u << (depth - e)) - 1);
+      const __m512 x = _mm512_maskz_loadu_ps(mask, row + e);
+      const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x, vinverse));
+      const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(n), vscale, x);
+      error = _mm512_fmadd_ps(rest, rest, error);
+      sum = _mm512_add_epi32(sum, n);
+      alignas(16) int8_t bytes[16];
+      _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtsepi32_epi8(n));
+      // Four elements of every row stand together.
+      for (size_t k = 0; k < 16 && e + k < padded; k += 4) {
+        std::memcpy(rounded + ((e + k) * kScreenRows + static_cast<size_t>(r) * 4), bytes + k, 4);
+      }
+    }
+    // The limits are divided by the scale that this number stands for; see ScreenTile().
+    rows->inverse_scale[r] = inverse;
+    // The rest is itself rounded: an error of half an ulp of each element.
+    rows->rounding[r] = RoundUpNorm(_mm512_reduce_add_ps(error), depth) + 1.2e-7f * rows->norm[r];
+    rows->offset[r] = 128 * _mm512_reduce_add_epi32(sum);
+  }
+  return true;
+}
+
+FLASH_ENTMAX_VNNI void RoundKeys(const float* block, size_t depth, uint8_t* rounded,
+                                 KeyBlockBound* bound) {
+  if (!(bound->norm < kLargestScreenNorm)) return;
+  const __m512 sign = _mm512_set1_ps(-0.0f);
+  __m512 largest = _mm512_setzero_ps();
+  for (size_t i = 0; i < depth * kScreenKeys; i += 16) {
+    largest = _mm512_max_ps(largest, _mm512_andnot_ps(sign, _mm512_loadu_ps(block + i)));
+  }
+  const float top = _mm512_reduce_max_ps(largest);
+  const float inverse = top < kSmallest ? 0.0f : 127.0f / top;
+  const __m512 vinverse = _mm512_set1_ps(inverse);
+  const __m512 vscale = _mm512_set1_ps(top / 127.0f);
+  float rounding = 0.0f;
+  float rounded_norm = 0.0f;
+  for (size_t half = 0; half < kScreenKeys; half += 16) {
+    __m512 error = _mm512_setzero_ps();
+    __m512 square = _mm512_setzero_ps();
+    for (size_t e = 0; e < depth; e += 4) {
+      __m512i packed = _mm512_setzero_si512();
+      for (size_t k = 0; k < 4; ++k) {
+        __m512i n = _mm512_setzero_si512();
+        if (e + k < depth) {
+          const __m512 x = _mm512_loadu_ps(block + (e + k) * kScreenKeys + half);
+          n = _mm512_cvtps_epi32(_mm512_mul_ps(x, vinverse));
+          const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(n), vscale);
+          const __m512 rest = _mm512_sub_ps(x, y);
+          error = _mm512_fmadd_ps(rest, rest, error);
+          square = _mm512_fmadd_ps(y, y, square);
+        }
+        n = _mm512_add_epi32(n, _mm512_set1_epi32(128));
+        packed = _mm512_or_si512(packed, _mm512_sllv_epi32(n, _mm512_set1_epi32(int(8 * k))));
+      }
+      _mm512_storeu_si512(rounded + (e * kScreenKeys + half * 4), packed);
+    }
+    rounding = std::max(rounding, _mm512_reduce_max_ps(error));
+    rounded_norm = std::max(rounded_norm, _mm512_reduce_max_ps(square));
+  }
+  bound->inverse_scale = inverse;
+  bound->rounding = RoundUpNorm(rounding, depth) + 2.4e-7f * bound->norm;
+  bound->rounded_norm = RoundUpNorm(rounded_norm, depth);
+}
+
+FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
+                                  const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
+                                  const float* limit, float slack, uint32_t tag, ScreenHits* hits) {
+  const __m512 norm = _mm512_load_ps(rows.norm);
+  const __m512 raw = _mm512_loadu_ps(limit);
+  // No product of the block can be above the limits of all rows. Rounding: the norms have room.
+  const __m512 largest = _mm512_mul_ps(norm, _mm512_set1_ps(bound.norm));
+  const __mmask16 rows_mask = (1u << kScreenRows) - 1;
+  const __m512 margin = _mm512_fnmadd_ps(largest, _mm512_set1_ps(slack), raw);
+  const __mmask16 open = _mm512_mask_cmp_ps_mask(rows_mask, largest, margin, _CMP_NLE_UQ);
+  if (open == 0) return;
+  __m512 low = _mm512_fnmadd_ps(norm, _mm512_set1_ps(bound.rounding), margin);
+  low = _mm512_fnmadd_ps(_mm512_load_ps(rows.rounding), _mm512_set1_ps(bound.rounded_norm), low);
+  // In units of the integers, with the roundings of these few operations: 2⁻²⁰ of all that was
+  // added, and one unit.
+  const __m512 unit =
+      _mm512_mul_ps(_mm512_load_ps(rows.inverse_scale), _mm512_set1_ps(bound.inverse_scale));
+  const __m512 size = _mm512_add_ps(_mm512_abs_ps(raw), largest);
+  low = _mm512_fnmadd_ps(size, _mm512_set1_ps(1e-6f), low);
+  low = _mm512_sub_ps(_mm512_mul_ps(low, unit), _mm512_set1_ps(1.0f));
+  // Not beyond ±2²⁸: no product is. For NaN, of zero scales, the maximum takes its second operand.
+  low = _mm512_max_ps(low, _mm512_set1_ps(-0x1p28f));
+  low = _mm512_min_ps(low, _mm512_set1_ps(0x1p28f));
+  low = _mm512_mask_mov_ps(_mm512_set1_ps(0x1p28f), open, low);
+  alignas(64) int32_t start[16];
+  const __m512i integer =
+      _mm512_add_epi32(_mm512_cvt_roundps_epi32(low, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC),
+                       _mm512_load_si512(rows.offset));
+  _mm512_store_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), integer));
+
+  __m512i sum[kScreenRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
+  for (size_t e = 0; e < depth; e += 4) {
+    const __m512i k0 = _mm512_loadu_si512(keys + e * kScreenKeys);
+    const __m512i k1 = _mm512_loadu_si512(keys + e * kScreenKeys + 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < kScreenRows; ++r) {
+      int32_t four;
+      std::memcpy(&four, query + e * kScreenRows + static_cast<size_t>(r) * 4, 4);
+      const __m512i q = _mm512_set1_epi32(four);
+      MultiplyAdd(k0, q, &sum[r][0]);
+      MultiplyAdd(k1, q, &sum[r][1]);
+    }
+  }
+  // Sums at or above zero are perhaps above; in most tiles every sign bit is set.
+  __m512i all = _mm512_and_si512(sum[0][0], sum[0][1]);
+#pragma GCC unroll 12
+  for (int r = 1; r < kScreenRows; ++r) {
+    all = _mm512_ternarylogic_epi32(all, sum[r][0], sum[r][1], 0x80);
+  }
+  if (_mm512_movepi32_mask(all) == 0xFFFF) return;
+  alignas(64) uint32_t above[16] = {};
+#pragma GCC unroll 12
+  for (int r = 0; r < kScreenRows; ++r) {
+    const __mmask32 below =
+        _mm512_kunpackw(_mm512_movepi32_mask(sum[r][1]), _mm512_movepi32_mask(sum[r][0]));
+    _store_mask32(&above[r], _knot_mask32(below));
+  }
+  // Without a branch for each row, since which rows have a hit cannot be predicted.
+  const __m512i bits = _mm512_load_si512(above);
+  const __mmask16 hit = _mm512_test_epi32_mask(bits, bits);
+  const __m512i where =
+      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
+                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  _mm512_storeu_si512(hits->above + hits->count, _mm512_maskz_compress_epi32(hit, bits));
+  _mm512_storeu_si512(hits->where + hits->count, _mm512_maskz_compress_epi32(hit, where));
+  hits->count += static_cast<size_t>(__builtin_popcount(hit));
+}
+
+}  // namespace flash_entmax::cpu
+
+#else
+
+namespace flash_entmax::cpu {
+
+bool CanScreen() { return false; }
+bool RoundQueries(const float*, size_t, size_t, int8_t*, ScreenRows*) { return false; }
+void RoundKeys(const float*, size_t, uint8_t*, KeyBlockBound*) {}
+void ScreenTile(const ScreenRows&, const int8_t*, const KeyBlockBound&, const uint8_t*, size_t,
+                const float*, float, uint32_t, ScreenHits*) {}
+
+}  // namespace flash_entmax::cpu
+
+#endif  // FLASH_ENTMAX_HAS_SCREENING

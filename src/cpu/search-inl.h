@@ -1,0 +1,293 @@
+// The search for candidates behind a panel's first keys: which keys may be above their row's bound.
+//
+// The answer needs no exact scores. Every test here is one-sided: a key that it leaves out is at or
+// below the bound, whatever order its product is summed in; a key that it lets through is scored
+// again (ScoreNewKeys) and compared by TakeScores(). So results do not depend on which test ran.
+
+#if defined(FLASH_ENTMAX_SRC_CPU_SEARCH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASH_ENTMAX_SRC_CPU_SEARCH_INL_H_
+#undef FLASH_ENTMAX_SRC_CPU_SEARCH_INL_H_
+#else
+#define FLASH_ENTMAX_SRC_CPU_SEARCH_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/attention_panel.h"
+#include "cpu/candidates-inl.h"
+#include "cpu/scores-inl.h"
+#include "cpu/screen_int8.h"
+#include "cpu/tile-inl.h"
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+#include "math/element.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flash_entmax::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// A group of query rows during the search.
+template <typename T>
+struct GroupSearch {
+  int64_t first_row = 0;  // Within the sequence.
+  int64_t rows = 0;
+  const T* query = nullptr;
+  CandidateList<T>* lists = nullptr;
+  T norm[kTileRows];                      // ‖q‖, rounded up; 0 behind the last row.
+  T limit[16];                            // Products at or below it need not be found.
+  bool dense = false;                     // Given up: the dense path takes the group.
+  const int8_t* rounded_query = nullptr;  // Null if the group cannot be screened.
+  ScreenRows screen_rows;
+};
+
+// How far two sums of the same product in any two orders may differ, relative to ‖q‖·‖k‖: twice
+// γ_n (Higham 2002, equation 3.5, with Cauchy–Schwarz), generously.
+template <typename T>
+T OrderSlack(int64_t head_size) {
+  return static_cast<T>(1.01) * static_cast<T>(head_size + 8) * std::numeric_limits<T>::epsilon();
+}
+
+// The product below which the score of `row` and every key of [first_key, end_key) is at or below
+// `bound`: undoes cap and position bias, rounded down.
+template <typename T>
+T ProductLimit(const PanelInput<T>& input, int64_t row, int64_t first_key, int64_t end_key,
+               T bound) {
+  constexpr auto kEpsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+  const ScoreModifiers<T>& modifiers = input.modifiers;
+  double limit = static_cast<double>(bound);
+  if (modifiers.slope != T{0}) {
+    const int64_t position = input.mask.Position(row);
+    const int64_t distance = std::max<int64_t>({0, position - (end_key - 1), first_key - position});
+    const double fall = static_cast<double>(modifiers.slope) * static_cast<double>(distance);
+    limit += fall - 4.0 * kEpsilon * (fall + std::abs(limit));
+  }
+  if (modifiers.softcap != T{0}) {
+    const auto cap = static_cast<double>(modifiers.softcap);
+    // The computed tanh is good to a few units in the last place.
+    const double x = limit / cap - 64.0 * kEpsilon;
+    if (x >= 1.0) return Infinity<T>();
+    if (!(x > -1.0)) return -Infinity<T>();
+    limit = cap * std::atanh(x);
+    limit -= 64.0 * kEpsilon * std::abs(limit);
+  }
+  if (limit == static_cast<double>(bound)) return bound;
+  return static_cast<T>(limit - kEpsilon * std::abs(limit));
+}
+
+template <typename T>
+void SetLimits(const PanelInput<T>& input, int64_t first_key, int64_t end_key,
+               GroupSearch<T>* group) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    group->limit[r] = r < group->rows ? ProductLimit(input, group->first_row + r, first_key,
+                                                     end_key, group->lists[r].bound)
+                                      : Infinity<T>();
+  }
+}
+
+template <typename T>
+HWY_INLINE void AppendKey(const PanelInput<T>& input, int32_t key, CandidateList<T>* list) {
+  list->key[list->count++] = key;
+  // Its row is read when the chunk is over; by then it has arrived.
+  const T* row = input.table.rows + key * input.table.row_stride;
+  for (int64_t e = 0; e < input.head_size; e += 64 / static_cast<int64_t>(sizeof(T))) {
+    hwy::Prefetch(row + e);
+  }
+}
+
+// Appends the keys of a block whose bits are set, as far as `row` of the group sees them.
+template <typename T>
+HWY_INLINE void AppendKeys(const PanelInput<T>& input, int64_t row, uint64_t above,
+                           int64_t first_key, GroupSearch<T>* group) {
+  CandidateList<T>* list = &group->lists[row];
+  if (list->not_a_number) return;
+  const int64_t begin = input.mask.First(group->first_row + row) - first_key;
+  const int64_t end = input.mask.End(group->first_row + row) - first_key;
+  if (begin >= 64 || end <= 0) return;
+  if (begin > 0) above &= ~uint64_t{0} << begin;
+  if (end < 64) above &= (uint64_t{1} << end) - 1;
+  MakeRoom(list);
+  for (; above != 0; above &= above - 1) {
+    const auto j = static_cast<int64_t>(hwy::Num0BitsBelowLS1Bit_Nonzero64(above));
+    AppendKey(input, static_cast<int32_t>(first_key + j), list);
+  }
+}
+
+// Tests one block by products in T.
+template <typename T>
+void TestBlock(const PanelInput<T>& input, int64_t block, GroupSearch<T>* group) {
+  constexpr size_t kWidth = TileWidth<T>();
+  const hn::ScalableTag<T> d;
+  const auto depth = static_cast<size_t>(input.head_size);
+  const int64_t first_key = block * static_cast<int64_t>(kWidth);
+  const T key_norm = static_cast<T>(input.table.bounds[block].norm);
+  const T slack = OrderSlack<T>(input.head_size);
+  HWY_ALIGN T limit[kTileRows];
+  bool zero = true;
+  for (int r = 0; r < kTileRows; ++r) {
+    const T largest = group->norm[r] * key_norm;
+    limit[r] = group->limit[r] - slack * largest;
+    // With NaN every comparison is a hit: sums near the end of the range overflow in one order and
+    // not in another.
+    if (!(largest < static_cast<T>(1e36))) limit[r] = std::numeric_limits<T>::quiet_NaN();
+    zero = zero && (r >= group->rows || largest <= limit[r]);
+  }
+  if (zero && !input.modifiers.bias) return;
+  Tile<T> tile;
+  tile.Zero();
+  tile.MultiplyAdd(group->query, static_cast<size_t>(input.query_stride),
+                   input.head.keys + block * static_cast<int64_t>(kWidth * depth), kWidth, depth);
+  HWY_ALIGN T scores[kTileRows * kWidth];
+  uint32_t hits = (uint32_t{1} << group->rows) - 1;
+  if (input.modifiers.bias) {
+    // A bias may lift any score, so the tile is modified first; the limits are then the bounds.
+    tile.Store(scores, kWidth);
+    for (int64_t r = 0; r < group->rows; ++r) {
+      ModifyScores(input, group->first_row + r, first_key,
+                   scores + static_cast<size_t>(r) * kWidth);
+      const T bound = group->lists[r].bound;
+      const auto reach = static_cast<T>(input.mask.key_length + input.mask.query_length);
+      const T size = group->norm[r] * key_norm + std::abs(bound) + input.modifiers.softcap +
+                     input.modifiers.slope * reach;
+      limit[r] = bound - T{2} * slack * size;
+    }
+  } else {
+    hits &= tile.RowsAbove(limit);
+    if (hits == 0) return;
+    tile.Store(scores, kWidth);
+  }
+  for (; hits != 0; hits &= hits - 1) {
+    const size_t r = hwy::Num0BitsBelowLS1Bit_Nonzero32(hits);
+    const auto vlimit = hn::Set(d, limit[r]);
+    uint64_t above = 0;
+    for (size_t i = 0; i < kWidth; i += hn::Lanes(d)) {
+      uint8_t bits[8] = {};
+      hn::StoreMaskBits(d, hn::Not(hn::Le(hn::LoadU(d, scores + r * kWidth + i), vlimit)), bits);
+      above |= (uint64_t{bits[0]} | uint64_t{bits[1]} << 8) << i;
+    }
+    AppendKeys(input, static_cast<int64_t>(r), above, first_key, group);
+  }
+}
+
+// Hits of screened tiles are tagged with block, group and row.
+constexpr uint32_t kRowBits = 4;
+constexpr uint32_t kGroupBits = 2;
+static_assert(kScreenRows <= 1 << kRowBits && kGroupsPerPanel <= 1 << kGroupBits);
+
+// Tests one block of group `index` by products of 8-bit integers.
+HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64_t index,
+                            const GroupSearch<float>& group, ScreenHits* hits) {
+  const auto tag = (static_cast<uint32_t>(block) << (kGroupBits + kRowBits)) +
+                   (static_cast<uint32_t>(index) << kRowBits);
+  ScreenTile(group.screen_rows, group.rounded_query, input.table.bounds[block],
+             input.table.rounded + block * kScreenKeys * ScreenDepth(input.head_size),
+             static_cast<size_t>(input.head_size), group.limit, OrderSlack<float>(input.head_size),
+             tag, hits);
+}
+
+// Moves the hits of screened tiles to the lists. Those of a row stay in the order of the visit.
+HWY_INLINE void TakeHits(const PanelInput<float>& input, bool all_visible,
+                         GroupSearch<float>* groups, ScreenHits* hits) {
+  for (size_t i = 0; i < hits->count; ++i) {
+    const uint32_t where = hits->where[i];
+    const int64_t first_key = int64_t{where >> (kGroupBits + kRowBits)} * kScreenKeys;
+    GroupSearch<float>& group = groups[(where >> kRowBits) & ((1u << kGroupBits) - 1)];
+    const int64_t r = where & ((1u << kRowBits) - 1);
+    if (!all_visible) {
+      AppendKeys(input, r, hits->above[i], first_key, &group);
+      continue;
+    }
+    CandidateList<float>* list = &group.lists[r];
+    MakeRoom(list);
+    for (uint32_t above = hits->above[i]; above != 0; above &= above - 1) {
+      const auto j = static_cast<int64_t>(hwy::Num0BitsBelowLS1Bit_Nonzero32(above));
+      AppendKey(input, static_cast<int32_t>(first_key + j), list);
+    }
+  }
+  hits->count = 0;
+}
+
+// Products of one query row and listed keys, each summed in the one order that candidates have: a
+// vector of partial sums over the head, then their sum. Four keys at a time, for their loads.
+template <typename T>
+void ProductsOfKeys(const PanelInput<T>& input, const T* HWY_RESTRICT query,
+                    const int32_t* HWY_RESTRICT keys, size_t n, T* HWY_RESTRICT scores) {
+  const hn::ScalableTag<T> d;
+  const auto depth = static_cast<size_t>(input.query_stride);
+  const auto row = [&](size_t i) HWY_ATTR {
+    return input.table.rows + keys[std::min(i, n - 1)] * input.table.row_stride;
+  };
+  for (size_t i = 0; i < n; i += 4) {
+    const T* HWY_RESTRICT k0 = row(i);
+    const T* HWY_RESTRICT k1 = row(i + 1);
+    const T* HWY_RESTRICT k2 = row(i + 2);
+    const T* HWY_RESTRICT k3 = row(i + 3);
+    auto s0 = hn::Zero(d);
+    auto s1 = s0;
+    auto s2 = s0;
+    auto s3 = s0;
+    for (size_t e = 0; e < depth; e += hn::Lanes(d)) {
+      const auto q = hn::LoadU(d, query + e);
+      s0 = hn::MulAdd(q, hn::LoadU(d, k0 + e), s0);
+      s1 = hn::MulAdd(q, hn::LoadU(d, k1 + e), s1);
+      s2 = hn::MulAdd(q, hn::LoadU(d, k2 + e), s2);
+      s3 = hn::MulAdd(q, hn::LoadU(d, k3 + e), s3);
+    }
+    // Behind n there is room, and nothing of value.
+    scores[i] = hn::GetLane(hn::SumOfLanes(d, s0));
+    scores[i + 1] = hn::GetLane(hn::SumOfLanes(d, s1));
+    scores[i + 2] = hn::GetLane(hn::SumOfLanes(d, s2));
+    scores[i + 3] = hn::GetLane(hn::SumOfLanes(d, s3));
+  }
+}
+
+// Cap, position bias, bias and key mask of listed keys.
+template <typename T>
+void ModifyListed(const PanelInput<T>& input, int64_t row, const int32_t* keys, size_t n,
+                  T* scores) {
+  const ScoreModifiers<T>& modifiers = input.modifiers;
+  if (!modifiers.any() && input.head.key_bias == nullptr) return;
+  const int64_t position = input.mask.Position(row);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t key = keys[i];
+    T s = scores[i];
+    if (modifiers.softcap != T{0}) s = modifiers.softcap * std::tanh(s / modifiers.softcap);
+    if (modifiers.slope != T{0}) {
+      s = std::fma(-modifiers.slope, static_cast<T>(std::abs(position - key)), s);
+    }
+    if (modifiers.bias) {
+      s += static_cast<T>(ReadElement(
+          modifiers.bias, row * modifiers.bias_query_stride + key * modifiers.bias_key_stride));
+    }
+    const bool hidden = input.head.key_bias != nullptr && input.head.key_bias[key] != T{0};
+    scores[i] = hidden ? -Infinity<T>() : s;
+  }
+}
+
+// Scores and takes the keys that the search has listed.
+template <CurveKind kKind, typename T>
+void ScoreNewKeys(const PanelInput<T>& input, GroupSearch<T>* group) {
+  for (int64_t r = 0; r < group->rows; ++r) {
+    CandidateList<T>* list = &group->lists[r];
+    const size_t first = list->scored;
+    const size_t n = list->count - first;
+    if (n == 0) continue;
+    const T* query = group->query + r * input.query_stride;
+    const int32_t* keys = list->key.data() + first;
+    ProductsOfKeys(input, query, keys, n, list->score.data() + first);
+    ModifyListed(input, group->first_row + r, keys, n, list->score.data() + first);
+    TakeScores<kKind>(input.curve, list);
+  }
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace flash_entmax::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // FLASH_ENTMAX_SRC_CPU_SEARCH_INL_H_
