@@ -1,0 +1,449 @@
+"""Exact α-entmax attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._checks import (
+    FLOATS,
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_number,
+    check_same,
+)
+from ._library import operators, statistics_type
+
+LAYOUTS = ("bhnd", "bnhd")
+
+
+class AttentionSupport(NamedTuple):
+    """The positive probabilities in compressed rows; rows are (batch, head, query), row-major."""
+
+    row_offsets: Tensor
+    """int64 [batch·heads·query_length + 1]"""
+    key_index: Tensor
+    """int32 [entries], ascending in a row; counted within the sequence"""
+    probability: Tensor
+    """float32 [entries]"""
+
+
+def _per_head(name: str, value: Tensor, query: Tensor, heads: int) -> Tensor:
+    """One number a head in the engine's type."""
+    value = check_floating(name, value)
+    check_device(name, value, "query", query)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != heads):
+        raise ValueError(f"{name}: got shape {list(value.shape)}; must be [] or [{heads}]")
+    value = value.to(statistics_type(query.dtype))
+    return value.expand(heads) if value.dim() == 0 else value
+
+
+def _optional_int(name: str, value: Any) -> Any:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
+    ):
+        raise TypeError(f"{name}: got {type(value).__name__}; must be an int or None")
+    return value
+
+
+def _check_cuda(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the GPU engine lacks is an error; what it wants in another type is converted."""
+    (
+        query,
+        key,
+        value,
+        alpha,
+        query_scale,
+        bias,
+        slopes,
+        lengths,
+        mask,
+        cu_q,
+        cu_k,
+        number,
+        *rest,
+    ) = arguments
+
+    def lacks(name: str, got: str, allowed: str) -> NotImplementedError:
+        return NotImplementedError(f"{name}: got {got}; on CUDA must be {allowed}")
+
+    if query.dtype == torch.float64:
+        raise lacks("query", "float64", "bfloat16, float16 or float32")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] > 256:
+            raise lacks(name, f"head size {tensor.shape[-1]}", "at most 256")
+    if bias is not None:
+        raise lacks("bias", "a tensor", "None")
+    if mask is not None:
+        raise lacks("key_mask", "a tensor", "None (use key_lengths for padding at the end)")
+    if alpha is None and not 1.0 < number <= 2.0:
+        raise lacks("alpha", str(number), "in (1, 2]; for softmax use PyTorch's own attention")
+    if query_scale is not None:
+        query_scale = query_scale.expand(query.shape[:3]).contiguous()
+    lengths, cu_q, cu_k = (
+        tensor if tensor is None else tensor.to(torch.int32) for tensor in (lengths, cu_q, cu_k)
+    )
+    return (
+        query, key, value, alpha, query_scale, bias, slopes, lengths, mask, cu_q, cu_k, number,
+        *rest,
+    )  # fmt: skip
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    causal: bool,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    query_scale: Tensor | None,
+    cu_query: Tensor | None = None,
+    cu_key: Tensor | None = None,
+    max_query_length: int = 0,
+    max_key_length: int = 0,
+) -> tuple[Any, ...]:
+    """The operators' arguments from four-dimensional [batch, heads, length, size] tensors."""
+    if (
+        not isinstance(query, Tensor)
+        or query.dtype not in FLOATS
+        or not isinstance(key, Tensor)
+        or not isinstance(value, Tensor)
+        or key.dtype != query.dtype
+        or value.dtype != query.dtype
+        or key.device != query.device
+        or value.device != query.device
+    ):
+        query = check_floating("query", query)
+        check_same("key", key, "query", query)
+        check_same("value", value, "query", query)
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 4:
+                raise ValueError(f"{name}: got shape {list(tensor.shape)}; must have 4 dimensions")
+    device_type = query.device.type
+    dtype = autocast_dtype(device_type)
+    if dtype is not None and query.dtype != torch.float64:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {type(causal).__name__}; must be True or False")
+    heads = query.shape[1]
+    rows = None
+    if isinstance(alpha, Tensor):
+        rows = _per_head("alpha", alpha, query, heads)
+        number = 1.5  # Not used.
+    else:
+        number = alpha if type(alpha) is float else check_number("alpha", alpha)
+    if scale is not None:
+        scale = check_number("scale", scale)
+    if window_left is not None or window_right is not None:
+        _optional_int("window_left", window_left)
+        _optional_int("window_right", window_right)
+    if key_lengths is not None:
+        key_lengths = check_integer("key_lengths", key_lengths, "query", query)
+    if key_mask is not None:
+        key_mask = check_mask("key_mask", key_mask, "query", query)
+    if bias is not None:
+        bias = check_floating("bias", bias)
+        check_device("bias", bias, "query", query)
+    if alibi_slopes is not None:
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, heads)
+    if query_scale is not None:
+        query_scale = check_floating("query_scale", query_scale)
+        check_device("query_scale", query_scale, "query", query)
+        query_scale = query_scale.to(statistics_type(query.dtype))
+    arguments = (
+        query, key, value, rows, query_scale, bias, alibi_slopes, key_lengths, key_mask, cu_query,
+        cu_key, number, scale, causal, window_left, window_right,
+        softcap if type(softcap) is float else check_number("softcap", softcap),
+        max_query_length, max_key_length,
+    )  # fmt: skip
+    return _check_cuda(arguments) if device_type == "cuda" else arguments
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor = 1.5,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    query_scale: Tensor | None = None,
+    layout: str = "bhnd",
+) -> Tensor:
+    r"""Exact α-entmax attention: most weights are exactly zero.
+
+    For query row i and the keys j that it may see,
+
+    .. math::
+        s_{ij} &= \mathrm{cap}(c_i \cdot \mathrm{scale} \cdot q_i\cdot k_j)
+                  - m\,|i' - j| + b_{ij} \\
+        p_i &= \alpha\text{-entmax}_j(s_{ij}), \qquad o_i = \sum_j p_{ij} v_j
+
+    with :math:`c` = ``query_scale``, :math:`m` the head's ALiBi slope, :math:`b` = ``bias``,
+    cap(x) = softcap·tanh(x/softcap), and i' = i + key_length − query_length the position of the
+    query among the keys. The result is that of the dense computation: keys are left out only where
+    they are proved to have weight zero.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        [batch, heads, query_length, head_size], [batch, kv_heads, key_length, head_size] and
+        [batch, kv_heads, key_length, value_size], any strides, of one type: float32, bfloat16,
+        float16 or float64 (CPU). heads is a multiple of kv_heads (grouped-query attention).
+    alpha : float or Tensor
+        ≥ 1 on CPUs, in (1, 2] on GPUs. 1 is softmax, 2 is sparsemax. A tensor of shape [heads] or
+        [] gives one a head, and gets a gradient.
+    causal : bool
+        Query i sees key j only if j ≤ i', that is, aligned at the end of the keys. (PyTorch's
+        ``is_causal`` aligns at the beginning; the two agree where the lengths are equal.)
+    scale : float, optional
+        Factor of the dot products; 1/√head_size if not given.
+    window_left, window_right : int, optional
+        ≥ 0: query i sees key j only if i' − window_left ≤ j ≤ i' + window_right.
+    key_lengths : Tensor, optional
+        int32 or int64 [batch]: the keys that each entry has. Positions follow from it.
+    key_mask : Tensor, optional
+        bool or uint8, broadcastable to [batch, key_length]; False hides the key. CPU only.
+    bias : Tensor, optional
+        Floating point, broadcastable to [batch, heads, query_length, key_length]; −∞ hides.
+        It gets a gradient. CPU only.
+    alibi_slopes : Tensor, optional
+        [heads] or [], ≥ 0. It gets a gradient.
+    softcap : float
+        0 means none.
+    query_scale : Tensor, optional
+        Floating point, broadcastable to [batch, heads, query_length]. It gets a gradient.
+    layout : str
+        ``"bhnd"``, or ``"bnhd"`` for query, key, value and output as [batch, length, heads, size].
+
+    Returns
+    -------
+    Tensor
+        [batch, heads, query_length, value_size] (or as ``layout`` says), of the type of ``query``.
+        Rows that see no key are zero.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        With the argument, its value and what is allowed. A second derivative raises
+        NotImplementedError.
+
+    Notes
+    -----
+    Gradients run over the support only: with :math:`u = p^{2-\alpha}`,
+    :math:`\partial L/\partial s = u\,(\partial L/\partial p - \delta)`,
+    :math:`\delta = \sum u\,\partial L/\partial p / \sum u` (Peters, Niculae & Martins 2019); the
+    one in α follows Correia, Niculae & Martins (2019). They are deterministic, with any number of
+    threads. Under autocast, query, key and value are cast to its type.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}; must be 'bhnd' or 'bnhd'")
+    transposed = layout == "bnhd"
+    if transposed:
+        query, key, value = (
+            transpose_heads(name, tensor)
+            for name, tensor in (("query", query), ("key", key), ("value", value))
+        )
+    output = _library.attention(
+        *_arguments(
+            query,
+            key,
+            value,
+            alpha,
+            causal,
+            scale,
+            window_left,
+            window_right,
+            key_lengths,
+            key_mask,
+            bias,
+            alibi_slopes,
+            softcap,
+            query_scale,
+        )
+    )
+    return output.transpose(1, 2) if transposed else output
+
+
+def transpose_heads(name: str, tensor: Tensor) -> Tensor:
+    """[batch, length, heads, size] as [batch, heads, length, size]."""
+    tensor = check_floating(name, tensor)
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; must have 4 dimensions")
+    return tensor.transpose(1, 2)
+
+
+def _pack(name: str, tensor: Tensor) -> Tensor:
+    tensor = check_floating(name, tensor)
+    if tensor.dim() != 3:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; must be [tokens, heads, size]")
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_query: Tensor,
+    cu_key: Tensor,
+    *,
+    max_query_length: int = 0,
+    max_key_length: int = 0,
+    alpha: float | Tensor = 1.5,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    query_scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`attention` over sequences of different lengths, packed one after the other.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        [query_tokens, heads, head_size], [key_tokens, kv_heads, head_size] and
+        [key_tokens, kv_heads, value_size].
+    cu_query, cu_key : Tensor
+        int32 or int64 [sequences + 1], ascending from 0 to the number of tokens: sequence b is the
+        queries cu_query[b] … cu_query[b+1]−1 and the keys cu_key[b] … cu_key[b+1]−1.
+    max_query_length, max_key_length : int
+        No sequence is longer; 0 if unknown. Only speed on GPUs depends on them.
+    query_scale : Tensor, optional
+        Broadcastable to [heads, query_tokens].
+
+    The others are those of :func:`attention`; positions count within each sequence.
+
+    Returns
+    -------
+    Tensor
+        [query_tokens, heads, value_size]
+    """
+    query, key, value = _pack("query", query), _pack("key", key), _pack("value", value)
+    cu_query = check_integer("cu_query", cu_query, "query", query)
+    cu_key = check_integer("cu_key", cu_key, "query", query)
+    for name, length in (
+        ("max_query_length", max_query_length),
+        ("max_key_length", max_key_length),
+    ):
+        _optional_int(name, length)
+        if length is None or length < 0:
+            raise ValueError(f"{name}: got {length}; must be ≥ 0 (0 if unknown)")
+    if query_scale is not None:
+        query_scale = check_floating("query_scale", query_scale).unsqueeze(0)
+    output = _library.attention(
+        *_arguments(
+            query,
+            key,
+            value,
+            alpha,
+            causal,
+            scale,
+            window_left,
+            window_right,
+            None,
+            None,
+            None,
+            alibi_slopes,
+            softcap,
+            query_scale,
+            cu_query,
+            cu_key,
+            max_query_length,
+            max_key_length,
+        )
+    )
+    return output.squeeze(0).transpose(0, 1)
+
+
+def support(
+    query: Tensor,
+    key: Tensor,
+    *,
+    alpha: float | Tensor = 1.5,
+    causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    query_scale: Tensor | None = None,
+    layout: str = "bhnd",
+) -> AttentionSupport:
+    """Which keys every query of :func:`attention` keeps, and with what weight.
+
+    The arguments are those of :func:`attention`, without the values. Nothing of size
+    query_length × key_length is made. No gradients.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}; must be 'bhnd' or 'bnhd'")
+    if layout == "bnhd":
+        query, key = transpose_heads("query", query), transpose_heads("key", key)
+    key = check_floating("key", key)
+    value = key.new_zeros(1).expand(*key.shape[:-1], 1)
+    arguments = _arguments(
+        query, key, value, alpha, causal, scale, window_left, window_right, key_lengths,
+        key_mask, bias, alibi_slopes, softcap, query_scale,
+    )  # fmt: skip
+    with torch.no_grad():
+        return AttentionSupport(*_library.call(operators.attention_support, *arguments))
+
+
+def attention_weights(query: Tensor, key: Tensor, *, dense: bool = False, **options: Any) -> Tensor:
+    """The weights of :func:`attention`, for those who want to look at them.
+
+    Parameters
+    ----------
+    query, key, **options
+        As for :func:`support`.
+    dense : bool
+        Whether to make a dense tensor.
+
+    Returns
+    -------
+    Tensor
+        float32: a sparse CSR tensor [batch·heads·query_length, key_length], or a dense
+        [batch, heads, query_length, key_length].
+    """
+    result = support(query, key, **options)
+    length_at, heads_at = (1, 2) if options.get("layout") == "bnhd" else (2, 1)
+    batch, heads, length = query.shape[0], query.shape[heads_at], query.shape[length_at]
+    keys = key.shape[length_at]
+    rows = batch * heads * length
+    if not dense:
+        return torch.sparse_csr_tensor(
+            result.row_offsets,
+            result.key_index.long(),
+            result.probability,
+            (rows, keys),
+            check_invariants=False,
+        )
+    weights = result.probability.new_zeros(rows * keys)
+    row = torch.repeat_interleave(result.row_offsets.diff())
+    weights[row * keys + result.key_index] = result.probability
+    return weights.view(batch, heads, length, keys)

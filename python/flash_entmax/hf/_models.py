@@ -1,0 +1,174 @@
+"""Registering the implementation, converting models, and their α."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, masking_utils, modeling_utils
+
+from ._attention import NAME, attention_forward
+from ._masks import attention_mask
+
+Alpha = float | Sequence[float | Sequence[float]]
+
+
+def register() -> None:
+    """Makes ``attn_implementation="flash_entmax"`` known to transformers. Harmless to repeat.
+
+    Both halves are registered: the attention and its masks. Without the latter a model would run
+    without any mask, and a decoder would see the future.
+
+    transformers takes every name that contains "flash" for one of Dao's flash attentions and would
+    look for a package of that name when a model is made. ``register`` therefore replaces the one
+    check in ``transformers.modeling_utils`` by one that knows this name.
+    """
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise NotImplementedError(
+            f"transformers: got version {transformers.__version__}; must be 5 or later"
+        )
+    modeling_utils.AttentionInterface.register(NAME, attention_forward)
+    masking_utils.AttentionMaskInterface.register(NAME, attention_mask)
+    module: Any = modeling_utils
+    original = getattr(module, "is_flash_attention_requested", None)
+    if original is not None and not hasattr(original, "flash_entmax_original"):
+        module.is_flash_attention_requested = _except_ours(original)
+
+
+def _except_ours(original: Callable[..., bool]) -> Callable[..., bool]:
+    def is_flash_attention_requested(
+        config: Any = None, requested_attention_implementation: str | None = None, **kwargs: Any
+    ) -> bool:
+        name = requested_attention_implementation
+        if (config._attn_implementation if config is not None else name) == NAME:
+            return False
+        return original(config=config, requested_attention_implementation=name, **kwargs)
+
+    is_flash_attention_requested.flash_entmax_original = original  # type: ignore[attr-defined]
+    return is_flash_attention_requested
+
+
+def _attention_modules(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if hasattr(module, "is_causal") and hasattr(getattr(module, "config", None), "to_dict"):
+            yield module
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """Every configuration that an attention layer reads, once."""
+    found = {id(module.config): module.config for module in _attention_modules(model)}
+    config = getattr(model, "config", None)
+    if config is not None:
+        found[id(config)] = config
+    return list(found.values())
+
+
+def _check_alpha(alpha: Any, depth: int = 0) -> Any:
+    if isinstance(alpha, (list, tuple)) and depth < 2:
+        return [_check_alpha(value, depth + 1) for value in alpha]
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(
+            f"alpha: got {type(alpha).__name__}; must be a number, one a layer, or one a layer and "
+            "head"
+        )
+    if not (math.isfinite(alpha) and alpha >= 1.0):
+        raise ValueError(f"alpha: got {alpha}; must be finite and ≥ 1")
+    return float(alpha)
+
+
+def set_alpha(model: nn.Module, alpha: Alpha) -> None:
+    """Sets α of every layer.
+
+    Parameters
+    ----------
+    alpha : float or list
+        ≥ 1: a number, a list with one a layer, or a list with one list a layer (one a head). It is
+        kept in the configuration as ``flash_entmax_alpha``, and saved with the model.
+    """
+    alpha = _check_alpha(alpha)
+    for config in _configurations(model):
+        config.flash_entmax_alpha = alpha
+
+
+def get_alpha(model: nn.Module) -> Any:
+    """What :func:`set_alpha` set (1.5 if nothing); learnt values, by layer, where α is learnt."""
+    learnt = [
+        (1.0 + torch.sigmoid(module.flash_entmax_alpha_logits.detach().float())).tolist()
+        for module in _attention_modules(model)
+        if hasattr(module, "flash_entmax_alpha_logits")
+    ]
+    if learnt:
+        return learnt
+    return getattr(getattr(model, "config", None), "flash_entmax_alpha", 1.5)
+
+
+def convert(
+    model: PreTrainedModel, alpha: Alpha = 1.5, *, learnable: bool = False
+) -> PreTrainedModel:
+    """Makes a loaded model use α-entmax attention.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Changed in place. With α = 1 its results stay what they were.
+    alpha : float or list
+        As for :func:`set_alpha`.
+    learnable : bool
+        Whether every head learns its α, as 1 + sigmoid(a) with a parameter a (Correia, Niculae &
+        Martins 2019), starting from ``alpha``, which must be in (1, 2). The parameters are named
+        ``flash_entmax_alpha_logits``; give them to the optimiser after this call.
+
+    Returns
+    -------
+    PreTrainedModel
+        ``model``.
+    """
+    register()
+    set_alpha(model, alpha)
+    model.set_attn_implementation(NAME)
+    for config in _configurations(model):
+        used = getattr(config, "_attn_implementation", NAME)
+        if used != NAME:
+            raise NotImplementedError(
+                f"model: {type(model).__name__} uses attention {used!r} in place of {NAME!r}; it "
+                "does not allow other implementations"
+            )
+    if learnable:
+        _make_learnable(model)
+    return model
+
+
+def _make_learnable(model: nn.Module) -> None:
+    from ._attention import alpha_of
+
+    for module in _attention_modules(model):
+        heads = module.config.num_attention_heads
+        weight = next(module.parameters())
+        alpha = torch.as_tensor(alpha_of(module, weight), dtype=torch.float32).expand(heads)
+        if not bool(((alpha > 1.0) & (alpha < 2.0)).all()):
+            raise ValueError(f"alpha: got {alpha.tolist()}; must be in (1, 2) to be learnt")
+        logits = torch.logit(alpha - 1.0).to(weight.device)
+        module.register_parameter("flash_entmax_alpha_logits", nn.Parameter(logits))
+
+
+class AlphaAnnealing(TrainerCallback):
+    """Moves α while a ``transformers.Trainer`` runs: ``callbacks=[AlphaAnnealing(schedule)]``.
+
+    Parameters
+    ----------
+    schedule : callable
+        Step to α, as :class:`flash_entmax.schedules.AlphaSchedule`.
+    """
+
+    def __init__(self, schedule: Callable[[int], float]) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_alpha(kwargs["model"], self.schedule(state.global_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_alpha(kwargs["model"], self.schedule(state.global_step))
