@@ -22,7 +22,7 @@ struct Call {
   Call(const AttentionArguments& arguments, bool save)
       : guard(arguments.query.get_device_index()), problem(arguments.Problem(true)) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(arguments.query.get_device_index(), &stream));
     options.stream = stream;
     options.save_for_backward = save;
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> Support(FLASH_ENTMAX_PARAMETERS) {
                                    MutableView("row_offsets", offsets, true), Buffer(workspace)));
   const Tensor last = torch::stable::narrow(offsets, 0, rows, 1);
   int64_t entries = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(last.get(), &entries));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(last.get(), &entries));
   Tensor key_index = Empty(query, {entries}, ScalarType::Int);
   Tensor probability = Empty(query, {entries}, ScalarType::Float);
   if (entries > 0) {

@@ -101,11 +101,11 @@ Tensor Empty(const Tensor& like, std::span<const int64_t> shape, ScalarType type
   }
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               dtype, device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides.data(), dtype, device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

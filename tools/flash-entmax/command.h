@@ -69,7 +69,9 @@ void AddPlanCommand(CLI::App& program, Context& context);
 void AddCheckCommand(CLI::App& program, Context& context);
 void AddBenchCommand(CLI::App& program, Context& context);
 void AddInfoCommand(CLI::App& program, Context& context);
-void AddDemoCommand(CLI::App& program, Context& context);  // demo/, if it was built in.
+void AddDemoCommand(CLI::App& program, Context& context);   // demo/, if it was built in.
+void AddTrainCommand(CLI::App& program, Context& context);  // lab/, if it was built in.
+void AddEvalCommand(CLI::App& program, Context& context);
 
 }  // namespace flash_entmax::cli
 

@@ -67,6 +67,10 @@ int Main(int argc, char** argv) {
 #ifdef FLASH_ENTMAX_HAS_DEMO
   AddDemoCommand(program, context);
 #endif
+#ifdef FLASH_ENTMAX_HAS_LAB
+  AddTrainCommand(program, context);
+  AddEvalCommand(program, context);
+#endif
   AddRunCommand(program, context);
   AddMapCommand(program, context);
   AddPlanCommand(program, context);

@@ -1,0 +1,43 @@
+// AdamW on one flat tensor, with linear warm-up, cosine decay and clipping by the norm.
+
+#ifndef FLASH_ENTMAX_LAB_OPTIMIZER_H_
+#define FLASH_ENTMAX_LAB_OPTIMIZER_H_
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "config.h"
+
+namespace flash_entmax::lab {
+
+// Everything that training carries from one step to the next, besides the step's number.
+struct TrainingState {
+  at::Tensor parameters;     // [num_parameters] float32
+  at::Tensor first_moment;   // like parameters
+  at::Tensor second_moment;  // like parameters
+};
+
+inline constexpr double kAdamEpsilon = 1e-8;
+
+// The learning rate of a step, counted from 0.
+double LearningRate(const TrainingConfig& training, int64_t step);
+
+// The numbers of a step's update (Kingma & Ba 2015; Loshchilov & Hutter 2019):
+//   m ← β1·m + (1 − β1)·g,  v ← β2·v + (1 − β2)·g²,
+//   w ← w·(1 − decay) − rate·m / (√(v·second) + ε).
+struct StepRates {
+  double rate = 0.0;    // learning rate / (1 − β1^t)
+  double second = 1.0;  // 1 / (1 − β2^t)
+  double decay = 0.0;   // learning rate · weight decay
+};
+StepRates RatesOfStep(const TrainingConfig& training, int64_t step);
+
+// One step. Scales `gradient` down to the norm training.clip if it is longer; returns its norm
+// before that.
+double AdamStep(const TrainingConfig& training, int64_t step, at::Tensor gradient,
+                TrainingState* state);
+
+}  // namespace flash_entmax::lab
+
+#endif  // FLASH_ENTMAX_LAB_OPTIMIZER_H_

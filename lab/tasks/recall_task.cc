@@ -1,0 +1,175 @@
+// Multi-query multi-token associative recall (MQMTAR; Vasylenko, Pitorro, Martins & Treviso 2026).
+//
+// The context of `length` tokens holds ⌊0.8·length/(K+V+2)⌋ pairs (at least one): a key of K
+// symbols, `pair`, a value of V symbols and at least one `space`, at random offsets in a background
+// of spaces. Keys are distinct, values are distinct, both drawn from fixed vocabularies. Then come
+// the queries, each `query` and a key of the context (different ones while there are enough pairs).
+// The target holds, for each query, `query` and the value:
+//     begin, context, (query key)×queries, separator, (query value)×queries
+// Tokens: symbols 0 … S−1, space, pair, query, begin, separator.
+//
+// For training only, `few_pairs` of the samples hold 1 to 3 pairs, and in `collisions` of them the
+// values come from a part of the vocabulary whose first symbols are few, so that copying what
+// follows the same first symbol elsewhere is wrong more often than right.
+
+#include <algorithm>
+#include <array>
+#include <set>
+
+#include "tasks/task.h"
+
+namespace flash_entmax::lab {
+namespace {
+
+// The vocabularies belong to the task, not to a run: every seed and every evaluation shares them.
+constexpr uint64_t kVocabularySeed = 20260101;
+constexpr int64_t kFewFirstSymbols = 4;
+constexpr int64_t kSimplePairs = 3;
+
+class RecallTask final : public Task {
+ public:
+  explicit RecallTask(const TaskOptions& options)
+      : options_(options),
+        keys_(MakeWords(1, options.key_symbols)),
+        values_(MakeWords(2, options.value_symbols)) {
+    // Words in order, so that words with the same first symbol are neighbours.
+    std::sort(values_.begin(), values_.end());
+  }
+
+  int64_t vocabulary() const override { return options_.symbols + 5; }
+  int64_t min_length() const override { return PairTokens(); }
+  int64_t MaxTokens(int64_t length) const override {
+    return length + 2 + options_.queries * (2 + options_.key_symbols + options_.value_symbols);
+  }
+  int64_t MaxTargets(int64_t /*length*/) const override {
+    return options_.queries * (1 + options_.value_symbols);
+  }
+
+  Sample Generate(int64_t length, Random& random) const override {
+    return Make(length, Pairs(length), false, random);
+  }
+
+  Sample GenerateForTraining(int64_t length, Random& random) const override {
+    int64_t pairs = Pairs(length);
+    if (random.Chance(options_.few_pairs)) {
+      pairs = std::min(pairs, random.Integer(1, kSimplePairs));
+    }
+    return Make(length, pairs, random.Chance(options_.collisions), random);
+  }
+
+  void Solve(Sample& sample) const override {
+    std::vector<int32_t>& tokens = sample.tokens;
+    const auto first_target =
+        std::find(sample.target.begin(), sample.target.end(), 1) - sample.target.begin();
+    const auto answer = tokens.begin() + first_target;
+    const auto first_query = std::find(tokens.begin(), answer, query());
+    auto write = answer;
+    for (auto at = first_query; at + 1 < answer; at += 1 + options_.key_symbols) {
+      *write++ = query();
+      // A key is what stands before `pair`.
+      for (auto mark = tokens.begin(); mark < first_query; ++mark) {
+        if (*mark == pair() && std::equal(mark - options_.key_symbols, mark, at + 1)) {
+          write = std::copy(mark + 1, mark + 1 + options_.value_symbols, write);
+          break;
+        }
+      }
+    }
+  }
+
+ private:
+  using Word = std::array<int32_t, 8>;
+
+  std::vector<Word> MakeWords(uint64_t stream, int64_t word_symbols) const {
+    Random random(kVocabularySeed, stream);
+    std::set<Word> seen;
+    std::vector<Word> words;
+    while (static_cast<int64_t>(words.size()) < options_.vocabulary) {
+      Word word{};
+      for (int64_t i = 0; i < word_symbols; ++i) {
+        word[static_cast<size_t>(i)] = static_cast<int32_t>(random.Below(options_.symbols));
+      }
+      if (seen.insert(word).second) words.push_back(word);
+    }
+    return words;
+  }
+
+  int64_t PairTokens() const { return options_.key_symbols + options_.value_symbols + 2; }
+  int64_t Pairs(int64_t length) const {
+    const int64_t pairs = length * 4 / (5 * PairTokens());
+    return std::clamp<int64_t>(pairs, 1, options_.vocabulary);
+  }
+
+  Sample Make(int64_t length, int64_t pairs, bool collide, Random& random) const {
+    const std::vector<int32_t> keys = random.Distinct(pairs, options_.vocabulary);
+    std::vector<int32_t> values;
+    // Words that begin with one of a few neighbouring symbols; never fewer than are needed.
+    const int64_t alike = std::max(
+        2 * pairs, options_.vocabulary * kFewFirstSymbols / std::max(options_.symbols, int64_t{1}));
+    if (collide && alike < options_.vocabulary) {
+      const int64_t first = random.Below(options_.vocabulary - alike + 1);
+      values = random.Distinct(pairs, alike);
+      for (int32_t& value : values) value += static_cast<int32_t>(first);
+    } else {
+      values = random.Distinct(pairs, options_.vocabulary);
+    }
+
+    Sample sample;
+    std::vector<int32_t>& tokens = sample.tokens;
+    tokens.reserve(static_cast<size_t>(MaxTokens(length)));
+    tokens.push_back(begin());
+    // Free spaces before each pair: the gaps between sorted random offsets.
+    std::vector<int64_t> offsets(static_cast<size_t>(pairs));
+    const int64_t free = length - pairs * PairTokens();
+    for (int64_t& offset : offsets) offset = random.Below(free + 1);
+    std::sort(offsets.begin(), offsets.end());
+    for (int64_t i = 0; i < pairs; ++i) {
+      const auto place =
+          static_cast<size_t>(1 + offsets[static_cast<size_t>(i)] + i * PairTokens());
+      tokens.resize(place, space());
+      const Word& key = keys_[static_cast<size_t>(keys[static_cast<size_t>(i)])];
+      const Word& value = values_[static_cast<size_t>(values[static_cast<size_t>(i)])];
+      tokens.insert(tokens.end(), key.begin(), key.begin() + options_.key_symbols);
+      tokens.push_back(pair());
+      tokens.insert(tokens.end(), value.begin(), value.begin() + options_.value_symbols);
+      tokens.push_back(space());
+    }
+    tokens.resize(static_cast<size_t>(1 + length), space());
+
+    const std::vector<int32_t> order = random.Distinct(std::min(options_.queries, pairs), pairs);
+    std::vector<int32_t> answer;
+    for (int64_t i = 0; i < options_.queries; ++i) {
+      const auto which =
+          static_cast<size_t>(i < pairs ? order[static_cast<size_t>(i)] : random.Below(pairs));
+      const Word& key = keys_[static_cast<size_t>(keys[which])];
+      const Word& value = values_[static_cast<size_t>(values[which])];
+      tokens.push_back(query());
+      tokens.insert(tokens.end(), key.begin(), key.begin() + options_.key_symbols);
+      answer.push_back(query());
+      answer.insert(answer.end(), value.begin(), value.begin() + options_.value_symbols);
+    }
+    tokens.push_back(separator());
+    sample.target.assign(tokens.size(), 0);
+    tokens.insert(tokens.end(), answer.begin(), answer.end());
+    sample.target.resize(tokens.size(), 1);
+    return sample;
+  }
+
+  int32_t space() const { return static_cast<int32_t>(options_.symbols); }
+  int32_t pair() const { return space() + 1; }
+  int32_t query() const { return space() + 2; }
+  int32_t begin() const { return space() + 3; }
+  int32_t separator() const { return space() + 4; }
+
+  const TaskOptions options_;
+  std::vector<Word> keys_;
+  std::vector<Word> values_;
+};
+
+}  // namespace
+
+std::unique_ptr<Task> MakeRecallTask(const TaskOptions& options) {
+  if (options.name != "recall") return nullptr;
+  return std::make_unique<RecallTask>(options);
+}
+
+}  // namespace flash_entmax::lab

@@ -1,0 +1,179 @@
+// Tasks whose target is a sequence made from the source: copy, reverse, sort, local_count, back,
+// selective_copy, induction. Tokens are the symbols 0 … S−1, then `begin`, `separator`, `blank`,
+// and for local_count the counts 0 … 47.
+
+#include <algorithm>
+
+#include "tasks/task.h"
+
+namespace flash_entmax::lab {
+namespace {
+
+class SequenceTask : public Task {
+ public:
+  explicit SequenceTask(const TaskOptions& options) : options_(options) {}
+
+  int64_t vocabulary() const override { return options_.symbols + 3; }
+  int64_t MaxTokens(int64_t length) const override { return length + 2 + MaxTargets(length); }
+  int64_t MaxTargets(int64_t length) const override { return length; }
+
+  Sample Generate(int64_t length, Random& random) const override {
+    const std::vector<int32_t> source = Source(length, random);
+    const std::vector<int32_t> target = Rule(source);
+    Sample sample;
+    sample.tokens.reserve(source.size() + target.size() + 2);
+    sample.tokens.push_back(begin());
+    sample.tokens.insert(sample.tokens.end(), source.begin(), source.end());
+    sample.tokens.push_back(separator());
+    sample.target.assign(sample.tokens.size(), 0);
+    sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
+    sample.target.resize(sample.tokens.size(), 1);
+    return sample;
+  }
+
+  void Solve(Sample& sample) const override {
+    const auto separator_at =
+        std::find(sample.target.begin(), sample.target.end(), 1) - sample.target.begin() - 1;
+    const std::vector<int32_t> source(sample.tokens.begin() + 1,
+                                      sample.tokens.begin() + separator_at);
+    const std::vector<int32_t> target = Rule(source);
+    sample.tokens.resize(static_cast<size_t>(separator_at + 1));
+    sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
+  }
+
+ protected:
+  virtual std::vector<int32_t> Source(int64_t length, Random& random) const {
+    std::vector<int32_t> source(static_cast<size_t>(length));
+    for (int32_t& symbol : source) symbol = static_cast<int32_t>(random.Below(options_.symbols));
+    return source;
+  }
+  virtual std::vector<int32_t> Rule(const std::vector<int32_t>& source) const = 0;
+
+  int32_t begin() const { return static_cast<int32_t>(options_.symbols); }
+  int32_t separator() const { return begin() + 1; }
+  int32_t blank() const { return begin() + 2; }
+  const TaskOptions options_;
+};
+
+class CopyTask final : public SequenceTask {
+  using SequenceTask::SequenceTask;
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override { return source; }
+};
+
+class ReverseTask final : public SequenceTask {
+  using SequenceTask::SequenceTask;
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    return {source.rbegin(), source.rend()};
+  }
+};
+
+class SortTask final : public SequenceTask {
+  using SequenceTask::SequenceTask;
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    std::vector<int32_t> sorted = source;
+    std::sort(sorted.begin(), sorted.end());
+    return sorted;
+  }
+};
+
+// For each token, how many times it has just been repeated, from 0. Runs last 2 to 48 tokens.
+class LocalCountTask final : public SequenceTask {
+ public:
+  using SequenceTask::SequenceTask;
+  static constexpr int64_t kLongestRun = 48;
+  int64_t vocabulary() const override { return SequenceTask::vocabulary() + kLongestRun; }
+
+ private:
+  std::vector<int32_t> Source(int64_t length, Random& random) const override {
+    std::vector<int32_t> source;
+    int32_t symbol = -1;
+    while (static_cast<int64_t>(source.size()) < length) {
+      // Another symbol than that of the run before.
+      const int64_t others = symbol < 0 ? options_.symbols : options_.symbols - 1;
+      auto next = static_cast<int32_t>(random.Below(others));
+      if (symbol >= 0 && next >= symbol) ++next;
+      symbol = next;
+      const int64_t run = std::min<int64_t>(random.Integer(2, kLongestRun),
+                                            length - static_cast<int64_t>(source.size()));
+      source.insert(source.end(), static_cast<size_t>(run), symbol);
+    }
+    return source;
+  }
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    std::vector<int32_t> counts(source.size());
+    int32_t count = 0;
+    for (size_t i = 0; i < source.size(); ++i) {
+      count = i > 0 && source[i] == source[i - 1] ? count + 1 : 0;
+      counts[i] = blank() + 1 + count;
+    }
+    return counts;
+  }
+};
+
+// The token `distance` places before; blanks where there is none.
+class BackTask final : public SequenceTask {
+  using SequenceTask::SequenceTask;
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    std::vector<int32_t> target(source.size(), blank());
+    const auto distance = static_cast<size_t>(options_.distance);
+    for (size_t i = distance; i < source.size(); ++i) target[i] = source[i - distance];
+    return target;
+  }
+};
+
+// `items` symbols at random places among blanks (as many as fit); the target is the symbols alone.
+class SelectiveCopyTask final : public SequenceTask {
+ public:
+  using SequenceTask::SequenceTask;
+  int64_t MaxTargets(int64_t length) const override { return std::min(options_.items, length); }
+
+ private:
+  std::vector<int32_t> Source(int64_t length, Random& random) const override {
+    std::vector<int32_t> source(static_cast<size_t>(length), blank());
+    for (const int32_t place : random.Distinct(MaxTargets(length), length)) {
+      source[static_cast<size_t>(place)] = static_cast<int32_t>(random.Below(options_.symbols));
+    }
+    return source;
+  }
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    std::vector<int32_t> target;
+    for (const int32_t token : source) {
+      if (token != blank()) target.push_back(token);
+    }
+    return target;
+  }
+};
+
+// Random symbols and one `blank`; the target is the symbol after the blank. The separator plays the
+// part of the second occurrence in the task of induction heads.
+class InductionTask final : public SequenceTask {
+ public:
+  using SequenceTask::SequenceTask;
+  int64_t min_length() const override { return 2; }
+  int64_t MaxTargets(int64_t /*length*/) const override { return 1; }
+
+ private:
+  std::vector<int32_t> Source(int64_t length, Random& random) const override {
+    std::vector<int32_t> source = SequenceTask::Source(length, random);
+    source[static_cast<size_t>(random.Below(length - 1))] = blank();
+    return source;
+  }
+  std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
+    return {*(std::find(source.begin(), source.end(), blank()) + 1)};
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Task> MakeSequenceTask(const TaskOptions& options) {
+  if (options.name == "copy") return std::make_unique<CopyTask>(options);
+  if (options.name == "reverse") return std::make_unique<ReverseTask>(options);
+  if (options.name == "sort") return std::make_unique<SortTask>(options);
+  if (options.name == "local_count") return std::make_unique<LocalCountTask>(options);
+  if (options.name == "back") return std::make_unique<BackTask>(options);
+  if (options.name == "selective_copy") return std::make_unique<SelectiveCopyTask>(options);
+  if (options.name == "induction") return std::make_unique<InductionTask>(options);
+  return nullptr;
+}
+
+}  // namespace flash_entmax::lab

@@ -1,0 +1,81 @@
+// Recipes: what is read, and what is refused.
+
+#include "config.h"
+
+#include <gtest/gtest.h>
+
+#include "testing/status.h"
+
+namespace flash_entmax::lab {
+namespace {
+
+constexpr const char* kRecipe = R"({
+  "name": "demo", "task": {"name": "sort"}, "model": {"width": 32, "heads": 4},
+  "training": {"steps": 5}, "seeds": [1, 2],
+  "variants": {"a": {"model": {"attention": "entmax", "alpha": 2.0}}, "b": {}}
+})";
+
+TEST(Config, VariantsTimesSeeds) {
+  const Expected<Recipe> recipe = ParseRecipe(kRecipe, "test");
+  ASSERT_TRUE(testing::IsOk(recipe.status()));
+  ASSERT_EQ(recipe->runs.size(), 4u);
+  EXPECT_EQ(recipe->runs[0].variant, "a");
+  EXPECT_EQ(recipe->runs[0].model.attention, AttentionKind::kEntmax);
+  EXPECT_EQ(recipe->runs[0].model.alpha, 2.0);
+  EXPECT_EQ(recipe->runs[1].seed, 2u);
+  EXPECT_EQ(recipe->runs[2].model.attention, AttentionKind::kSoftmax);
+  EXPECT_EQ(recipe->runs[3].training.steps, 5);
+}
+
+TEST(Config, OverridesComeLast) {
+  const Expected<Recipe> recipe =
+      ParseRecipe(kRecipe, "test", {"training.steps=7", "model.attention=softmax", "seeds=[9]"});
+  ASSERT_TRUE(testing::IsOk(recipe.status()));
+  ASSERT_EQ(recipe->runs.size(), 2u);
+  EXPECT_EQ(recipe->runs[0].training.steps, 7);
+  EXPECT_EQ(recipe->runs[0].seed, 9u);
+  EXPECT_EQ(recipe->runs[0].model.attention, AttentionKind::kSoftmax);
+}
+
+TEST(Config, RunsSurviveARoundTrip) {
+  const Expected<Recipe> recipe = ParseRecipe(kRecipe, "test");
+  ASSERT_TRUE(testing::IsOk(recipe.status()));
+  const std::string text = RunToJson(recipe->runs[0]);
+  const Expected<RunConfig> again = ParseRun(text);
+  ASSERT_TRUE(testing::IsOk(again.status()));
+  EXPECT_EQ(RunToJson(*again), text);
+}
+
+TEST(Config, BrokenRecipesAreRefused) {
+  const auto status = [](const std::string& override_text) {
+    return ParseRecipe(kRecipe, "test", {override_text}).status();
+  };
+  EXPECT_TRUE(testing::Rejects(ParseRecipe("{", "test").status(), "recipe"));
+  EXPECT_TRUE(testing::Rejects(ParseRecipe("[]", "test").status(), "recipe"));
+  EXPECT_TRUE(testing::Rejects(ParseRecipe("{}", "test").status(), "name"));
+  EXPECT_TRUE(testing::Rejects(status("training.stesp=1"), "training.stesp"));
+  EXPECT_TRUE(testing::Rejects(status("colour=1"), "colour"));
+  EXPECT_TRUE(testing::Rejects(status("training.steps=0"), "training.steps"));
+  EXPECT_TRUE(testing::Rejects(status("training.steps=1.5"), "training.steps"));
+  EXPECT_TRUE(testing::Rejects(status("training.learning_rate=fast"), "training.learning_rate"));
+  EXPECT_TRUE(testing::Rejects(status("training.min_length=100"), "training.min_length"));
+  EXPECT_TRUE(testing::Rejects(status("model.heads=5"), "model.heads"));
+  EXPECT_TRUE(testing::Rejects(status("model.attention=telepathy"), "model.attention"));
+  EXPECT_TRUE(testing::Rejects(status("model=3"), "model"));
+  EXPECT_TRUE(testing::Rejects(status("evaluation.multiples=[]"), "evaluation.multiples"));
+  EXPECT_TRUE(testing::Rejects(status("evaluation.multiples=[0.02]"), "evaluation.multiples"));
+  EXPECT_TRUE(testing::Rejects(status("seeds=[]"), "seeds"));
+  EXPECT_TRUE(testing::Rejects(status("task.name=juggle"), "task.name"));
+  EXPECT_TRUE(testing::Rejects(status("nonsense"), "override"));
+  EXPECT_TRUE(testing::Rejects(status("name.deeper=1"), "override"));
+  EXPECT_EQ(ReadRecipe("/nonexistent/recipe.json").status().code(), StatusCode::kIo);
+}
+
+TEST(Config, ChecksumOfKnownText) {
+  // FNV-1a's published test value of "foobar".
+  EXPECT_EQ(Checksum("foobar", 6), 0x85944171F73967E8u);
+  EXPECT_EQ(Checksum("bar", 3, Checksum("foo", 3)), Checksum("foobar", 6));
+}
+
+}  // namespace
+}  // namespace flash_entmax::lab

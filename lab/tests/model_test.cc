@@ -1,0 +1,151 @@
+// Models: gradients, causality, and what every kind of attention must share.
+
+#include "model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <vector>
+
+#include "optimizer.h"
+#include "steps.h"
+#include "testing/random.h"
+
+namespace flash_entmax::lab {
+namespace {
+
+const std::vector<AttentionKind> kKinds = {
+    AttentionKind::kSoftmax,         AttentionKind::kSsmax,    AttentionKind::kEntmax,
+    AttentionKind::kEntmaxLearnable, AttentionKind::kAsentmax, AttentionKind::kLinear,
+    AttentionKind::kSelectiveLinear};
+const std::vector<Positions> kPositions = {Positions::kNone, Positions::kRope, Positions::kAlibi,
+                                           Positions::kNape};
+
+ModelConfig SmallConfig(AttentionKind kind, Positions positions) {
+  ModelConfig config;
+  config.layers = 2;
+  config.width = 16;
+  config.mlp = 16;
+  config.heads = 4;
+  config.init = 0.3;
+  config.attention = kind;
+  config.positions = positions;
+  return config;
+}
+
+struct Problem {
+  at::Tensor tokens, index, labels;
+};
+
+Problem MakeProblem(testing::Random& random, int64_t batch, int64_t length) {
+  Problem problem{at::zeros({batch, length}, at::kLong), at::zeros({batch * 2}, at::kLong),
+                  at::zeros({batch * 2}, at::kLong)};
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < length; ++i) problem.tokens[b][i] = random.Integer(0, 10);
+    for (int64_t i = 0; i < 2; ++i) {
+      problem.index[2 * b + i] = b * length + length - 2 + i;
+      problem.labels[2 * b + i] = random.Integer(0, 10);
+    }
+  }
+  return problem;
+}
+
+TEST(Model, GradientsAgreeWithFiniteDifferences) {
+  SCOPED_TRACE(testing::SeedMessage());
+  testing::Random random(20);
+  for (const AttentionKind kind : kKinds) {
+    for (const Positions positions : kPositions) {
+      SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
+      const Model model(SmallConfig(kind, positions), 11, at::kCPU, at::kFloat);
+      const Problem problem = MakeProblem(random, 3, 9);
+      at::Tensor leaf = model.Initialise(7);
+      // A direction in the space of all parameters, and the slope along it.
+      at::Tensor direction = at::zeros_like(leaf);
+      for (int64_t i = 0; i < leaf.numel(); ++i) {
+        direction.mutable_data_ptr<float>()[i] = static_cast<float>(random.Gauss());
+      }
+      direction = direction / direction.norm();
+      leaf.set_requires_grad(true);
+      const at::Tensor loss = Loss(model, leaf, problem.tokens, problem.index, problem.labels);
+      const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0];
+      const double slope = (gradient * direction).sum().item<double>();
+      const at::NoGradGuard no_gradient;
+      const auto value = [&](double step) {
+        return Loss(model, leaf.detach() + step * direction, problem.tokens, problem.index,
+                    problem.labels)
+            .item<double>();
+      };
+      constexpr double kStep = 3e-3;
+      const double difference = (value(kStep) - value(-kStep)) / (2 * kStep);
+      EXPECT_NEAR(slope, difference, 2e-3 + 0.02 * std::abs(slope));
+    }
+  }
+}
+
+TEST(Model, LooksOnlyBack) {
+  SCOPED_TRACE(testing::SeedMessage());
+  testing::Random random(21);
+  const at::NoGradGuard no_gradient;
+  for (const AttentionKind kind : kKinds) {
+    for (const Positions positions : kPositions) {
+      SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
+      const Model model(SmallConfig(kind, positions), 11, at::kCPU, at::kFloat);
+      const at::Tensor parameters = model.Initialise(3);
+      at::Tensor tokens = MakeProblem(random, 1, 12).tokens;
+      const at::Tensor index = at::arange(6, at::kLong);
+      const at::Tensor before = model.Forward(parameters, tokens, index);
+      tokens.narrow(1, 6, 6).copy_((tokens.narrow(1, 6, 6) + 1).remainder(11));
+      const at::Tensor after = model.Forward(parameters, tokens, index);
+      EXPECT_LE((after - before).abs().max().item<double>(), 1e-6);
+      EXPECT_TRUE(before.isfinite().all().item<bool>());
+    }
+  }
+}
+
+TEST(Model, AdaptiveScalerStartsWhereToldTo) {
+  ModelConfig config = SmallConfig(AttentionKind::kAsentmax, Positions::kNape);
+  config.scaler_start = 1.05;
+  const Model model(config, 11, at::kCPU, at::kFloat);
+  const at::NoGradGuard no_gradient;
+  bool seen = false;
+  const auto observer = [&](int64_t /*layer*/, const AttentionInputs& inputs) {
+    seen = true;
+    ASSERT_TRUE(inputs.query_scale.defined());
+    const at::Tensor plain = inputs.query_scale.narrow(2, 0, 2);
+    const at::Tensor scaled = inputs.query_scale.narrow(2, 2, 2);
+    EXPECT_LE((plain - 1.0).abs().max().item<double>(), 1e-6);
+    EXPECT_LE((scaled - 1.05).abs().max().item<double>(), 1e-5);
+    // NAPE of four heads: slopes 1, 1/2, none, none.
+    EXPECT_TRUE(inputs.slopes.equal(at::tensor({1.0F, 0.5F, 0.0F, 0.0F})));
+  };
+  model.Forward(model.Initialise(1), at::zeros({1, 5}, at::kLong), at::zeros({1}, at::kLong),
+                observer);
+  EXPECT_TRUE(seen);
+}
+
+TEST(Optimizer, FollowsTheFormula) {
+  TrainingConfig training;
+  training.steps = 10;
+  training.warmup = 2;
+  training.learning_rate = 0.1;
+  training.weight_decay = 0.5;
+  training.clip = 5.0;
+  EXPECT_NEAR(LearningRate(training, 0), 0.05, 1e-12);
+  EXPECT_NEAR(LearningRate(training, 2), 0.1, 1e-12);
+  EXPECT_NEAR(LearningRate(training, 6), 0.05, 1e-12);
+  EXPECT_NEAR(LearningRate(training, 10), 0.0, 1e-12);
+  TrainingState state{at::tensor({1.0F, -2.0F}), at::zeros({2}), at::zeros({2})};
+  // Norm 10: clipped to (3, 4).
+  const double norm = AdamStep(training, 0, at::tensor({6.0F, 8.0F}), &state);
+  EXPECT_NEAR(norm, 10.0, 1e-5);
+  // The first step moves by the rate, whatever the gradient, after the decay.
+  EXPECT_NEAR(state.parameters[0].item<double>(), 1.0 - 0.025 - 0.05, 1e-5);
+  EXPECT_NEAR(state.parameters[1].item<double>(), -2.0 + 0.05 - 0.05, 1e-5);
+  EXPECT_NEAR(state.first_moment[1].item<double>(), 0.4, 1e-6);
+  EXPECT_NEAR(state.second_moment[0].item<double>(), 0.09, 1e-6);
+}
+
+}  // namespace
+}  // namespace flash_entmax::lab

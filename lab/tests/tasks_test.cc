@@ -1,0 +1,186 @@
+// Every task's rule solves what its generator makes.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "batch.h"
+#include "random.h"
+#include "tasks/task.h"
+#include "testing/random.h"
+#include "testing/status.h"
+
+namespace flash_entmax::lab {
+namespace {
+
+std::unique_ptr<Task> Make(const TaskOptions& options) {
+  Expected<std::unique_ptr<Task>> task = MakeTask(options);
+  EXPECT_TRUE(testing::IsOk(task.status()));
+  return *std::move(task);
+}
+
+void CheckSample(const Task& task, int64_t length, const Sample& sample) {
+  ASSERT_EQ(sample.tokens.size(), sample.target.size());
+  ASSERT_LE(static_cast<int64_t>(sample.tokens.size()), task.MaxTokens(length));
+  const int64_t targets = std::count(sample.target.begin(), sample.target.end(), 1);
+  ASSERT_GE(targets, 1);
+  ASSERT_LE(targets, task.MaxTargets(length));
+  ASSERT_EQ(sample.target[0], 0);
+  for (const int32_t token : sample.tokens) {
+    ASSERT_GE(token, 0);
+    ASSERT_LT(token, task.vocabulary());
+  }
+  Sample hidden = sample;
+  for (size_t i = 0; i < hidden.tokens.size(); ++i) {
+    if (hidden.target[i] != 0) hidden.tokens[i] = -1;
+  }
+  task.Solve(hidden);
+  ASSERT_EQ(hidden.tokens, sample.tokens) << "length " << length;
+}
+
+TEST(Tasks, TheRuleSolvesEverySample) {
+  SCOPED_TRACE(testing::SeedMessage());
+  for (const std::string& name : TaskNames()) {
+    SCOPED_TRACE(name);
+    TaskOptions options;
+    options.name = name;
+    options.few_pairs = 0.3;
+    options.collisions = 0.3;
+    const std::unique_ptr<Task> task = Make(options);
+    ASSERT_TRUE(task);
+    Random random(testing::TestSeed());
+    for (const int64_t extra : {0, 1, 2, 3, 7, 30, 61, 200, 1000}) {
+      const int64_t length = task->min_length() + extra;
+      for (int i = 0; i < 20; ++i) {
+        CheckSample(*task, length, task->Generate(length, random));
+        CheckSample(*task, length, task->GenerateForTraining(length, random));
+      }
+    }
+  }
+}
+
+TEST(Tasks, ParametersAreUsed) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  options.symbols = 20;
+  options.key_symbols = 1;
+  options.value_symbols = 3;
+  options.vocabulary = 20;
+  options.queries = 2;
+  const std::unique_ptr<Task> recall = Make(options);
+  for (int i = 0; i < 50; ++i) CheckSample(*recall, 40, recall->Generate(40, random));
+  EXPECT_EQ(recall->MaxTargets(40), 8);
+
+  options = {};
+  options.name = "flip_flop";
+  options.write = 0.8;
+  options.read = 0.2;
+  const std::unique_ptr<Task> dense = Make(options);
+  const Sample sample = dense->Generate(400, random);
+  EXPECT_EQ(std::count(sample.tokens.begin(), sample.tokens.end(), 3), 0);  // nothing ignored
+
+  options = {};
+  options.name = "back";
+  options.distance = 5;
+  const Sample back = Make(options)->Generate(9, random);
+  for (size_t i = 5; i < 9; ++i) EXPECT_EQ(back.tokens[11 + i], back.tokens[1 + i - 5]);
+}
+
+TEST(Tasks, RecallHasTheStatedDensity) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  const std::unique_ptr<Task> task = Make(options);
+  for (const int64_t length : {32, 48, 64, 1024}) {
+    const Sample sample = task->Generate(length, random);
+    const auto pairs = std::count(sample.tokens.begin(), sample.tokens.end(), 257);
+    EXPECT_EQ(pairs, length * 8 / 10 / 6);
+    EXPECT_EQ(static_cast<int64_t>(sample.tokens.size()), length + 2 + 4 * 6);
+  }
+}
+
+TEST(Tasks, BadParametersAreNamed) {
+  TaskOptions options;
+  options.name = "juggle";
+  EXPECT_TRUE(testing::Rejects(MakeTask(options).status(), "task.name"));
+  options.name = "sort";
+  options.symbols = 1;
+  EXPECT_TRUE(testing::Rejects(MakeTask(options).status(), "task.symbols"));
+  options.symbols = 0;
+  options.write = std::nan("");
+  EXPECT_TRUE(testing::Rejects(MakeTask(options).status(), "task.write"));
+  options.write = 0.1;
+  options.name = "recall";
+  options.symbols = 10;
+  EXPECT_TRUE(testing::Rejects(MakeTask(options).status(), "task.vocabulary"));
+}
+
+TEST(Tasks, TrainingBatchesAreAFunctionOfSeedAndStep) {
+  RunConfig run;
+  run.task.name = "sort";
+  run.training.batch = 4;
+  const std::unique_ptr<Task> task = Make(run.task);
+  const Batch first = TrainingBatch(*task, run, 5, false);
+  EXPECT_EQ(first.tokens, TrainingBatch(*task, run, 5, false).tokens);
+  EXPECT_NE(first.tokens, TrainingBatch(*task, run, 6, false).tokens);
+  run.seed = 2;
+  EXPECT_NE(first.tokens, TrainingBatch(*task, run, 5, false).tokens);
+}
+
+TEST(Tasks, BatchesPointAtWhatPredictsTheTargets) {
+  RunConfig run;
+  run.task.name = "reverse";
+  run.training.batch = 8;
+  const std::unique_ptr<Task> task = Make(run.task);
+  for (const bool fixed_size : {false, true}) {
+    const Batch batch = TrainingBatch(*task, run, 0, fixed_size);
+    ASSERT_EQ(batch.tokens.size(), static_cast<size_t>(batch.rows * batch.tokens_per_row));
+    int64_t labels = 0;
+    for (size_t slot = 0; slot < batch.labels.size(); ++slot) {
+      ASSERT_GE(batch.index[slot], 0);
+      ASSERT_LT(batch.index[slot], batch.rows * batch.tokens_per_row);
+      if (batch.labels[slot] == Batch::kIgnored) continue;
+      ++labels;
+      // The token after the index is the label, wherever it is part of the input.
+      const auto next = static_cast<size_t>(batch.index[slot] + 1);
+      if (next % static_cast<size_t>(batch.tokens_per_row) != 0 && slot + 1 < batch.labels.size() &&
+          batch.labels[slot + 1] != Batch::kIgnored) {
+        EXPECT_EQ(batch.tokens[next], batch.labels[slot]);
+      }
+    }
+    EXPECT_GE(labels, batch.rows * run.training.min_length);
+  }
+}
+
+TEST(Random, IsUniformAndDistinct) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  std::map<int64_t, int> counts;
+  for (int i = 0; i < 60000; ++i) ++counts[random.Integer(-1, 4)];
+  ASSERT_EQ(counts.size(), 6u);
+  for (const auto& [value, count] : counts) {
+    EXPECT_NEAR(count, 10000, 500) << value;  // five standard deviations
+  }
+  for (const int64_t count : {0, 1, 5, 60, 100}) {
+    const std::vector<int32_t> chosen = random.Distinct(count, 100);
+    const std::set<int32_t> distinct(chosen.begin(), chosen.end());
+    EXPECT_EQ(static_cast<int64_t>(distinct.size()), count);
+    for (const int32_t value : chosen) EXPECT_TRUE(value >= 0 && value < 100);
+  }
+  double sum = 0, squares = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const double x = random.Gauss();
+    sum += x;
+    squares += x * x;
+  }
+  EXPECT_NEAR(sum / 20000, 0.0, 0.04);
+  EXPECT_NEAR(squares / 20000, 1.0, 0.06);
+}
+
+}  // namespace
+}  // namespace flash_entmax::lab
