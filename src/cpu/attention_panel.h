@@ -105,9 +105,9 @@ struct CandidateList {
 // Buffers of one thread.
 template <typename T>
 struct PanelMemory {
+  ScreenHits hits;  // The most aligned first.
   std::vector<T> query;
   std::vector<int8_t> rounded_query;
-  ScreenHits hits;
   std::vector<T> scores;
   std::vector<T> probability;
   std::vector<CandidateList<T>> lists;

@@ -1,0 +1,228 @@
+"""Tables, plots and one self-contained page from finished runs of the lab.
+
+Usage: report.py RESULTS PAGE. RESULTS holds recipe/variant/seedN/result.json, as `flash-entmax train`
+writes them, and next to them metrics.jsonl. Needs nothing but Python's standard library.
+"""
+
+import html
+import json
+import pathlib
+import statistics
+import sys
+
+COLOURS = ["#1f5fa8", "#c2571a", "#2c8a4b", "#8b3fa0", "#a08a00", "#b0304f", "#4a6a72", "#7a5230"]
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { white-space: nowrap; padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
+svg text { fill: currentColor; font: 12px system-ui, sans-serif; }
+small { opacity: .75; } code { background: var(--soft); padding: 0 .2em; }
+"""
+
+
+def load(folder):
+    """{recipe: {variant: [result, …]}}, each result with its folder."""
+    recipes = {}
+    for path in sorted(folder.glob("*/*/seed*/result.json")):
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        result["folder"] = path.parent
+        recipe, variant = path.parts[-4], path.parts[-3]
+        recipes.setdefault(recipe, {}).setdefault(variant, []).append(result)
+    return recipes
+
+
+def percent(values):
+    """Mean and, in brackets, the range over seeds."""
+    mean = 100 * statistics.mean(values)
+    low, high = 100 * min(values), 100 * max(values)
+    spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
+    return f"{mean:.1f}{spread}"
+
+
+def at(result, multiple):
+    return next(row for row in result["lengths"] if row["multiple"] == multiple)
+
+
+def multiples(results):
+    return [row["multiple"] for row in results[0]["lengths"]]
+
+
+def flat(value):
+    """All numbers of a nested list."""
+    return [x for item in value for x in flat(item)] if isinstance(value, list) else [value]
+
+
+def statistic(row, name):
+    """Mean over layers and heads; None where a kind of attention has no weights."""
+    values = [x for layer in row.get("attention") or [] for x in flat(layer.get(name) or [])
+              if isinstance(x, (int, float))]
+    return statistics.mean(values) if values else None
+
+
+def table(heads, rows):
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+                   for row in rows)
+    return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
+
+
+def plot(series, x_labels, y_title, top):
+    """Lines over equally spaced x; series: {name: [y or None, …]}; y from 0 to `top`."""
+    width, height, left, bottom = 640, 300, 54, 40
+    inner_width, inner_height = width - left - 170, height - bottom - 14
+
+    def place(i, y):
+        step = inner_width / max(len(x_labels) - 1, 1)
+        return left + i * step, 14 + inner_height * (1 - y / top)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_title)}">']
+    for tick in range(5):
+        y = top * tick / 4
+        _, py = place(0, y)
+        parts.append(f'<line x1="{left}" x2="{left + inner_width}" y1="{py:.1f}" y2="{py:.1f}" '
+                     f'stroke="currentColor" stroke-opacity=".15"/>'
+                     f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for i, label in enumerate(x_labels):
+        px, _ = place(i, 0)
+        parts.append(f'<text x="{px:.1f}" y="{height - 20}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text x="{left}" y="{height - 4}">multiples of the training length; '
+                 f'{html.escape(y_title)}</text>')
+    for index, (name, values) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        points = [place(i, y) for i, y in enumerate(values) if y is not None]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        row = 22 + 18 * index
+        parts.append(f'<rect x="{width - 152}" y="{row - 9}" width="10" height="10" '
+                     f'fill="{colour}"/><text x="{width - 136}" y="{row}">{html.escape(name)}'
+                     "</text>")
+    return "".join(parts) + "</svg>"
+
+
+def findings(variants):
+    """What the figures say, by rules that name their own thresholds."""
+    lines = []
+
+    def mean(name, multiple):
+        return statistics.mean(at(r, multiple)["exact_match"] for r in variants[name])
+
+    def lowest(name, multiple):
+        return min(at(r, multiple)["exact_match"] for r in variants[name])
+
+    def highest(name, multiple):
+        return max(at(r, multiple)["exact_match"] for r in variants[name])
+
+    sparse = [n for n in variants if n in ("entmax", "asentmax", "sparsemax")]
+    linear = [n for n in variants if "linear" in n]
+    lengths = multiples(next(iter(variants.values())))
+    for multiple in lengths:
+        if "softmax" not in variants or not sparse:
+            break
+        best = max(sparse, key=lambda n: lowest(n, multiple))
+        gap = lowest(best, multiple) - highest("softmax", multiple)
+        text = (f"At {multiple:g}× the training length {best} solves "
+                f"{100 * mean(best, multiple):.1f} % of the sequences, softmax "
+                f"{100 * mean('softmax', multiple):.1f} %")
+        if gap > 0.05:
+            lines.append(f"{text}: every seed of {best} is ahead of every seed of softmax.")
+        elif highest("softmax", multiple) - lowest(best, multiple) > 0.05 and (
+                mean("softmax", multiple) > mean(best, multiple) + 0.05):
+            lines.append(f"{text}: softmax is ahead.")
+        else:
+            lines.append(f"{text}: no difference beyond the spread of seeds.")
+    first = lengths[0]
+    for name in linear:
+        others = [n for n in variants if n not in linear]
+        if not others:
+            continue
+        best = max(others, key=lambda n: mean(n, first))
+        if lowest(best, first) - highest(name, first) > 0.05:
+            lines.append(f"At the training length {name} attention reaches "
+                         f"{100 * mean(name, first):.1f} %, {best} {100 * mean(best, first):.1f} %: "
+                         "a state of fixed size cannot hold what the task asks for.")
+        else:
+            lines.append(f"At the training length {name} attention is level with {best}.")
+    return lines
+
+
+def section(recipe, variants):
+    any_results = next(iter(variants.values()))
+    run, marks = any_results[0]["run"], multiples(any_results)
+    seeds = sorted({len(v) for v in variants.values()})
+    model, training = run["model"], run["training"]
+    out = [f"<h2>{html.escape(recipe)}</h2>",
+           f"<p>Task <code>{html.escape(run['task']['name'])}</code>; {model['layers']} layers, "
+           f"width {model['width']}, {model['heads']} heads, positions "
+           f"<code>{html.escape(model['positions'])}</code> unless the variant says otherwise; "
+           f"{training['steps']:,} steps of {training['batch']} sequences of "
+           f"{training['min_length']} to {training['max_length']} items. Evaluated at multiples of "
+           f"{run['evaluation']['length']} items; "
+           f"{'–'.join(str(s) for s in seeds)} seeds: mean, lowest–highest.</p>",
+           "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in findings(variants)) +
+           "</ul>", "<h3>Whole sequences right, %</h3>"]
+    heads = ["attention"] + [f"{m:g}×" for m in marks]
+    for key, title in (("exact_match", None), ("token_accuracy", "Tokens right, %")):
+        if title:
+            out.append(f"<h3>{title}</h3>")
+        out.append(table(heads, [[name] + [percent([at(r, m)[key] for r in results])
+                                           for m in marks] for name, results in variants.items()]))
+        if key == "exact_match":
+            series = {name: [100 * statistics.mean(at(r, m)[key] for r in results) for m in marks]
+                      for name, results in variants.items()}
+            out.append(plot(series, [f"{m:g}×" for m in marks], "whole sequences right, %", 100))
+    out.append("<h3>How far attention spreads</h3><p>Means over layers, heads and seeds: the "
+               "largest weight of a row, and the keys with a weight above zero. Softmax's largest "
+               "weight falls as the context grows (dispersion).</p>")
+    for key, form in (("largest", "{:.2f}"), ("support", "{:.1f}")):
+        rows = []
+        for name, results in variants.items():
+            values = [[statistic(at(r, m), key) for r in results] for m in marks]
+            if all(v is not None for group in values for v in group):
+                rows.append([name] + [form.format(statistics.mean(group)) for group in values])
+        title = "largest weight" if key == "largest" else "keys kept a row"
+        out.append(table([title] + heads[1:], rows))
+    logs = sum((results for results in variants.values()), [])
+    seconds = sum(r["training_seconds"] for r in logs)
+    out.append(f"<p><small>{len(logs)} runs on {html.escape(str(logs[0]['machine']))}, "
+               f"{seconds / 60:.1f} minutes of training in all. Every cell's log: "
+               f"<code>{html.escape(recipe)}/&lt;attention&gt;/seed&lt;n&gt;/metrics.jsonl</code>."
+               "</small></p>")
+    return "\n".join(out)
+
+
+def text_table(recipe, variants):
+    marks = multiples(next(iter(variants.values())))
+    print(f"\n{recipe}: whole sequences right, % (mean over seeds, lowest–highest)")
+    print("  " + "attention".ljust(18) + "".join(f"{m:g}×".rjust(17) for m in marks))
+    for name, results in variants.items():
+        print("  " + name.ljust(18) + "".join(
+            percent([at(r, m)["exact_match"] for r in results]).rjust(17) for m in marks))
+    for line in findings(variants):
+        print("  " + line)
+
+
+def main():
+    folder, page = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    recipes = load(folder)
+    if not recipes:
+        raise SystemExit(f"report: got {folder}; it must hold recipe/variant/seedN/result.json")
+    for recipe, variants in recipes.items():
+        text_table(recipe, variants)
+    body = "\n".join(section(recipe, variants) for recipe, variants in recipes.items())
+    page.write_text(
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'><title>FlashEntmax lab</title>"
+        f"<style>{STYLE}</style><h1>What sparse attention can express, and how far it reaches</h1>"
+        "<p>Small models trained from nothing on synthetic tasks; every kind of attention gets the "
+        "same budget. Why the differences are expected is in <code>docs/lab.md</code>.</p>"
+        f"{body}</html>", encoding="utf-8")
+    print(f"\nwrote {page}")
+
+
+if __name__ == "__main__":
+    main()
