@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_arguments.h"
@@ -11,6 +12,17 @@
 namespace flash_entmax::python {
 
 AttentionProblem AttentionArguments::Problem(bool cuda) const {
+  if (cuda) {
+    CheckSameDevice("key", key, query);
+    CheckSameDevice("value", value, query);
+    for (const auto& [name, tensor] :
+         {std::pair{"alpha", &alpha}, std::pair{"query_scale", &query_scale},
+          std::pair{"bias", &bias}, std::pair{"alibi_slopes", &alibi_slopes},
+          std::pair{"key_lengths", &key_lengths}, std::pair{"key_mask", &key_mask},
+          std::pair{"cu_query", &cu_query}, std::pair{"cu_key", &cu_key}}) {
+      if (*tensor) CheckSameDevice(name, **tensor, query);
+    }
+  }
   AttentionProblem problem;
   problem.query = View("query", query, cuda);
   problem.key = View("key", key, cuda);

@@ -90,6 +90,14 @@ TensorView View(const std::string& name, const std::optional<Tensor>& tensor, bo
   return tensor ? View(name, *tensor, cuda) : TensorView{};
 }
 
+void CheckSameDevice(const std::string& name, const Tensor& tensor, const Tensor& query) {
+  if (tensor.is_cuda() == query.is_cuda() &&
+      tensor.get_device_index() == query.get_device_index()) {
+    return;
+  }
+  ThrowValueError(name + ": got a tensor on another device; must be on that of query");
+}
+
 Tensor Empty(const Tensor& like, std::span<const int64_t> shape, ScalarType type) {
   // The C function: calls of operators by name cost a microsecond each.
   std::array<int64_t, kMaxRank> strides{};

@@ -39,6 +39,9 @@ MutableTensorView MutableView(const std::string& name, const Tensor& tensor, boo
 // An empty view if there is no tensor.
 TensorView View(const std::string& name, const std::optional<Tensor>& tensor, bool cuda = false);
 
+// A ValueError unless both are on one device. Kernels cannot read memory of another.
+void CheckSameDevice(const std::string& name, const Tensor& tensor, const Tensor& query);
+
 // A new row-major tensor without values on the device of `like`.
 Tensor Empty(const Tensor& like, std::span<const int64_t> shape, ScalarType type);
 inline Tensor Empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, _softmax
 from ._checks import (
     FLOATS,
     autocast_dtype,
@@ -52,6 +53,15 @@ def _optional_int(name: str, value: Any) -> Any:
     return value
 
 
+def _expand(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    try:
+        return tensor.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: got shape {list(tensor.shape)}; must be broadcastable to {list(shape)}"
+        ) from None
+
+
 def _check_cuda(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the GPU engine lacks is an error; what it wants in another type is converted."""
     (
@@ -83,11 +93,17 @@ def _check_cuda(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if mask is not None:
         raise lacks("key_mask", "a tensor", "None (use key_lengths for padding at the end)")
     if alpha is None and not 1.0 < number <= 2.0:
-        raise lacks("alpha", str(number), "in (1, 2]; for softmax use PyTorch's own attention")
+        if not (math.isfinite(number) and number >= 1.0):
+            raise ValueError(f"alpha: got {number}; must be finite and ≥ 1")
+        raise lacks("alpha", str(number), "in [1, 2]")
     if query_scale is not None:
-        query_scale = query_scale.expand(query.shape[:3]).contiguous()
+        query_scale = _expand("query_scale", query_scale, query.shape[:3]).contiguous()
+    alpha, slopes = (
+        tensor if tensor is None else tensor.contiguous() for tensor in (alpha, slopes)
+    )
     lengths, cu_q, cu_k = (
-        tensor if tensor is None else tensor.to(torch.int32) for tensor in (lengths, cu_q, cu_k)
+        tensor if tensor is None else tensor.to(torch.int32).contiguous()
+        for tensor in (lengths, cu_q, cu_k)
     )
     return (
         query, key, value, alpha, query_scale, bias, slopes, lengths, mask, cu_q, cu_k, number,
@@ -170,7 +186,16 @@ def _arguments(
         softcap if type(softcap) is float else check_number("softcap", softcap),
         max_query_length, max_key_length,
     )  # fmt: skip
-    return _check_cuda(arguments) if device_type == "cuda" else arguments
+    return arguments
+
+
+def _run(arguments: tuple[Any, ...]) -> Tensor:
+    """Attention by the engine of the tensors' device."""
+    if arguments[0].device.type != "cuda":
+        return _library.attention(*arguments)
+    if arguments[3] is None and arguments[11] == 1.0:
+        return _softmax.attention(*arguments[:3], *arguments[4:11], *arguments[12:17])
+    return _library.attention(*_check_cuda(arguments))
 
 
 def attention(
@@ -212,8 +237,10 @@ def attention(
         [batch, kv_heads, key_length, value_size], any strides, of one type: float32, bfloat16,
         float16 or float64 (CPU). heads is a multiple of kv_heads (grouped-query attention).
     alpha : float or Tensor
-        ≥ 1 on CPUs, in (1, 2] on GPUs. 1 is softmax, 2 is sparsemax. A tensor of shape [heads] or
-        [] gives one a head, and gets a gradient.
+        ≥ 1 on CPUs, in [1, 2] on GPUs. 1 is softmax (on GPUs computed by PyTorch's
+        ``scaled_dot_product_attention``, without ``softcap``), 2 is sparsemax. A tensor of shape
+        [heads] or [] gives one a head, and gets a gradient; on GPUs its numbers must be in (1, 2],
+        and are not checked.
     causal : bool
         Query i sees key j only if j ≤ i', that is, aligned at the end of the keys. (PyTorch's
         ``is_causal`` aligns at the beginning; the two agree where the lengths are equal.)
@@ -224,10 +251,11 @@ def attention(
     key_lengths : Tensor, optional
         int32 or int64 [batch]: the keys that each entry has. Positions follow from it.
     key_mask : Tensor, optional
-        bool or uint8, broadcastable to [batch, key_length]; False hides the key. CPU only.
+        bool or uint8, broadcastable to [batch, key_length]; False hides the key. On GPUs only with
+        α = 1.
     bias : Tensor, optional
         Floating point, broadcastable to [batch, heads, query_length, key_length]; −∞ hides.
-        It gets a gradient. CPU only.
+        It gets a gradient. On GPUs only with α = 1.
     alibi_slopes : Tensor, optional
         [heads] or [], ≥ 0. It gets a gradient.
     softcap : float
@@ -265,8 +293,8 @@ def attention(
             transpose_heads(name, tensor)
             for name, tensor in (("query", query), ("key", key), ("value", value))
         )
-    output = _library.attention(
-        *_arguments(
+    output = _run(
+        _arguments(
             query,
             key,
             value,
@@ -353,8 +381,8 @@ def attention_varlen(
             raise ValueError(f"{name}: got {length}; must be ≥ 0 (0 if unknown)")
     if query_scale is not None:
         query_scale = check_floating("query_scale", query_scale).unsqueeze(0)
-    output = _library.attention(
-        *_arguments(
+    output = _run(
+        _arguments(
             query,
             key,
             value,
@@ -410,6 +438,13 @@ def support(
         query, key, value, alpha, causal, scale, window_left, window_right, key_lengths,
         key_mask, bias, alibi_slopes, softcap, query_scale,
     )  # fmt: skip
+    if query.device.type == "cuda":
+        if arguments[3] is None and arguments[11] == 1.0:
+            raise NotImplementedError(
+                "alpha: got 1.0; on CUDA must be in (1, 2] for the support (that of softmax is "
+                "every key)"
+            )
+        arguments = _check_cuda(arguments)
     with torch.no_grad():
         return AttentionSupport(*_library.call(operators.attention_support, *arguments))
 

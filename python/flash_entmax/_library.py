@@ -189,13 +189,29 @@ def _loss_second_derivative(ctx: Any, *_: Any) -> Any:
 # ------------------------------------------------------------------------------------ attention
 
 
-def _saved_bytes(query: Tensor, key: Tensor, value: Tensor) -> Any:
-    shapes = [list(tensor.shape) for tensor in (query, key, value)]
+def _saved_bytes(args: tuple[Any, ...]) -> Any:
+    query = args[0]
+    shapes = [list(tensor.shape) for tensor in args[:3]]
     numbers = all(isinstance(size, int) for shape in shapes for size in shape)
     if numbers and query.device.type != "cuda":
         return operators.attention_saved_bytes(*shapes, query.dtype)
-    # The engines' plans want numbers, and the GPU's much else: one more symbolic size.
+    alpha, scale, causal, window_left, window_right, softcap = args[11:17]
+    plain = all(isinstance(n, int | float) for n in (alpha, softcap)) and all(
+        n is None or isinstance(n, int | float) for n in (scale, window_left, window_right)
+    )
+    if numbers and plain and query.device.type == "cuda" and _plans_for_cuda():
+        device = torch.cuda.current_device() if query.device.index is None else query.device.index
+        tensors = any(tensor is not None for tensor in args[3:ATTENTION_TENSORS])
+        return operators.attention_saved_bytes_cuda(
+            *shapes, query.dtype, device, tensors, alpha, scale, causal, window_left, window_right,
+            softcap,
+        )  # fmt: skip
+    # The engines' plans want numbers, and the GPU's a GPU: one more symbolic size.
     return torch.library.get_ctx().new_dynamic_size()
+
+
+def _plans_for_cuda() -> bool:
+    return hasattr(operators, "attention_saved_bytes_cuda") and torch.cuda.is_available()
 
 
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +227,7 @@ def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     else:
         output = query.new_empty([batch, heads, length, size])
     threshold = query.new_empty([batch, heads, length], dtype=statistics_type(query.dtype))
-    saved_bytes = _saved_bytes(query, key, value) if save else 0
+    saved_bytes = _saved_bytes(args) if save else 0
     return output, threshold, query.new_empty([saved_bytes], dtype=torch.uint8)
 
 

@@ -64,6 +64,13 @@ def alpha_of(module: nn.Module, query: Tensor) -> float | Tensor:
             )
         alpha = alpha[layer]
     if isinstance(alpha, (list, tuple)):
+        if len(set(alpha)) == 1:
+            return float(alpha[0])
+        if query.device.type == "cuda" and not all(1.0 < value <= 2.0 for value in alpha):
+            raise NotImplementedError(
+                f"flash_entmax_alpha: got {list(alpha)} for the heads of a layer; on CUDA each "
+                "must be in (1, 2], or all of a layer the same"
+            )
         return torch.tensor(alpha, dtype=torch.float32, device=query.device)
     return float(alpha)
 
@@ -143,9 +150,8 @@ def attention_forward(
         bias = position_bias if pattern.bias is None else pattern.bias + position_bias
         pattern = pattern._replace(bias=bias)
     if query.device.type == "cuda":
-        if alpha == 1.0:
-            return softmax_attention(query, key, value, pattern, **options).transpose(1, 2), None
-        if pattern.key_mask is not None:
+        softmax = not isinstance(alpha, Tensor) and alpha == 1.0
+        if pattern.key_mask is not None and not softmax:
             return unpadded_attention(query, key, value, pattern, **options), None
     output = _attention.attention(
         query,
@@ -196,45 +202,3 @@ def unpadded_attention(
     )
     output = packed.new_zeros(batch, queries, query.shape[1], value.shape[3])
     return output.index_put((queries_there,), packed)
-
-
-def softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    alpha: float = 1.0,
-    scale: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """α = 1 on GPUs, whose engine begins above 1: softmax by PyTorch's own attention."""
-    if softcap:
-        raise NotImplementedError("softcap: with alpha = 1 on CUDA must be None")
-    queries, keys = query.shape[2], key.shape[2]
-    mask = pattern.bias
-    plain = pattern.window_left is None and pattern.key_mask is None and mask is None
-    causal = pattern.causal and plain and queries == keys
-    if pattern.causal and not causal:
-        position = torch.arange(queries, device=query.device)[:, None] + (keys - queries)
-        at = torch.arange(keys, device=query.device)[None, :]
-        seen = at <= position
-        if pattern.window_left is not None:
-            seen = seen & (at >= position - pattern.window_left)
-        mask = _hide(mask, seen, query)
-    if pattern.key_mask is not None:
-        mask = _hide(mask, pattern.key_mask[:, None, None, :], query)
-    return nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-
-
-def _hide(mask: Tensor | None, seen: Tensor, query: Tensor) -> Tensor:
-    if mask is None:
-        mask = torch.zeros((), dtype=query.dtype, device=query.device)
-    return torch.where(seen, mask, -torch.inf)
