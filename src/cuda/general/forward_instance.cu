@@ -6,6 +6,7 @@
 #include "general/forward_short.cuh"
 #include "general/forward_short_sweeps.cuh"
 #include "general/forward_tiled.cuh"
+#include "general/prepare_bounds.h"
 
 namespace flash_entmax::cuda {
 namespace forward {
@@ -224,6 +225,14 @@ cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaS
   using Shape = TiledShape<Element, kHeadDim>;
   const int64_t tiles = call.problem.QueryTiles(Shape::kRows);
   if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (call.key_norms != nullptr) {
+    PrepareBounds norms;
+    norms.problem = call.problem;
+    norms.key = call.key;
+    norms.key_norms = call.key_norms;
+    error = LaunchPrepareBounds<Element>(norms, stream);
+    if (error != cudaSuccess) return error;
+  }
   return Launch(TiledForwardKernel<Element, kHeadDim, kFast>, tiles * call.problem.heads,
                 Shape::kThreads, Shape::kBytes, stream, call, static_cast<int>(tiles));
 }
