@@ -79,6 +79,14 @@ struct TiledStrip {
     }
   }
 
+  // Positions of the block's rows.
+  __device__ __forceinline__ int FirstPosition() const {
+    return first_of_block + part.keys - part.queries;
+  }
+  __device__ __forceinline__ int LastPosition() const {
+    return min(FirstPosition() + Shape::kRows, part.keys) - 1;
+  }
+
   __device__ __forceinline__ bool Sees(int first) const {
     return first < end_key && first + kTileKeys > first_key;
   }
@@ -190,14 +198,15 @@ struct TiledStrip {
     float group[2][kGroups];
 #pragma unroll
     for (int g = 0; g < 2 * kGroups; ++g) group[g / kGroups][g % kGroups] = -INFINITY;
-    const ScoreBound bound = ScoreBound::Of(call.problem, curve.order, head);
-    const bool skips = !kFast && call.key_norms != nullptr && bound.Skips() && keys.count > 0;
-    const int position = first_of_block + part.keys - part.queries;
-    const int last_position = min(position + Shape::kRows, part.keys) - 1;
-    MarkedRange near{keys.begin, keys.end}, left = near;
-    if (skips) near = keys.NearDiagonal(position, last_position);
-    keys.begin = near.begin;
-    keys.end = near.end;
+    // Ranges are found again where they are needed: registers are short in the loops.
+    const bool skips = !kFast && call.key_norms != nullptr && keys.count > 0 &&
+                       ScoreBound::Of(call.problem, curve.order, head).Skips();
+    MarkedRange left{keys.begin, keys.end};
+    if (skips) {
+      const MarkedRange near = keys.NearDiagonal(FirstPosition(), LastPosition());
+      keys.begin = near.begin;
+      keys.end = near.end;
+    }
     // All tiles; or those near the diagonal, then of what is left the ones before and after them.
 #pragma unroll 1
     for (int part_of_pass = 0;; ++part_of_pass) {
@@ -212,6 +221,7 @@ struct TiledStrip {
         }
       });
       if (part_of_pass == 1) {
+        const MarkedRange near = keys.NearDiagonal(FirstPosition(), LastPosition());
         keys.begin = max(near.end, left.begin);
         keys.end = left.end;
         continue;
@@ -219,9 +229,9 @@ struct TiledStrip {
       SolveGroups(group, part_of_pass == 0);
       if constexpr (kFast) break;
       if (!skips || part_of_pass == 2) break;
-      left = MarkPossible(keys, bound, position, last_position);
+      left = MarkPossible(keys);
       keys.begin = left.begin;
-      keys.end = min(near.begin, left.end);
+      keys.end = min(keys.NearDiagonal(FirstPosition(), LastPosition()).begin, left.end);
     }
     keys.begin = left.begin;
     keys.end = left.end;
@@ -268,9 +278,7 @@ struct TiledStrip {
   // SolveGroups found for the rows of the block; returns the range that is left. The margin is what
   // rounding may take from a threshold in all later steps, with much to spare.
   static constexpr float kBoundMargin = 0x1p-16f;
-  __device__ __forceinline__ MarkedRange MarkPossible(KeyTiles<Element, kHeadDim>& keys,
-                                                      const ScoreBound& bound, int position,
-                                                      int last_position) const {
+  __device__ __forceinline__ MarkedRange MarkPossible(KeyTiles<Element, kHeadDim>& keys) const {
     float size = 0.0f, lowest = INFINITY;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -297,7 +305,8 @@ struct TiledStrip {
     }
     const float* const norms =
         call.key_norms + BoundGroups::Of(call.problem, part, head / call.problem.group, true);
-    return keys.MarkPossible(bound, size, lowest, position, last_position, norms);
+    return keys.MarkPossible(ScoreBound::Of(call.problem, curve.order, head), size, lowest,
+                             FirstPosition(), LastPosition(), norms);
   }
 
   // From scores to weights times kWeightScale: p, or u for the mean.
