@@ -50,7 +50,7 @@ struct ScoreBound {
 
   // U of the comment above. Not a number, or infinite, if nothing can be said.
   __device__ __forceinline__ float Largest(float query_size, float key_norm, int distance) const {
-    float s = query_size * key_norm;
+    float s = __fmul_ru(query_size, key_norm);
     if (!(s < INFINITY)) return INFINITY;  // before the cap makes it finite
     if (softcap > 0.0f) s = (1.0f + 0x1p-13f) * (softcap * tanhf(s / softcap));
     return __fmul_ru(order, fmaf(-slope, static_cast<float>(distance), s));
