@@ -18,7 +18,7 @@ ALLOWED = [
     (re.compile(r"RunAgain|Careful|Redo"), 1 << 20),  # second runs over inputs with NaN
     (re.compile(r"SweepForwardKernel"), 1200),  # listed scores, in the search for the threshold
     (re.compile(r"ShortForwardKernelIf"), 4000),  # float32
-    (re.compile(r"ShortForwardKernel.*Lb0EE"), 2000),  # the same with general alpha and modifiers
+    (re.compile(r"ShortForwardKernel.*Lb0E"), 2000),  # the same with general alpha and modifiers
     (re.compile(r"ShortForwardKernel"), 800),  # addresses, once a strip of 16 queries
     (re.compile(r"GeneralBackward.*AlphaE2ELb0"), 1200),  # general alpha with optional results
     (re.compile(r"GeneralBackward.*ELb0ELb0E"), 600),  # optional results: their sums
