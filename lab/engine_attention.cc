@@ -158,10 +158,7 @@ class EngineFunction : public torch::autograd::Function<EngineFunction> {
     const AttentionProblem problem =
         MakeProblem(qkv, query_scale, inputs[2], alpha, context->saved_data["alpha"].toDouble());
     const at::Tensor output_gradient = output_gradients[0].contiguous();
-    // Three blocks one after the other: gradients must not share memory, not even interleaved.
-    const at::Tensor qkv_gradient =
-        at::empty({3, qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4)}, qkv.options())
-            .permute({1, 2, 0, 3, 4});
+    const at::Tensor qkv_gradient = at::empty_like(qkv);
     at::Tensor scale_gradient, alpha_gradient;
     if (query_scale.defined()) {
       // The GPU engine writes [batch, heads, length]; the view turns it back.

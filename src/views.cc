@@ -89,6 +89,42 @@ Status CheckWritable(const std::string& name, const MutableTensorView& tensor) {
   return Status::Ok();
 }
 
+namespace {
+
+// True if both views lie in rows of one pitch, in columns that do not meet: parts of one tensor, as
+// query, key and value of one projection are. What it does not recognise may be disjoint all the
+// same.
+bool LieInSeparateColumns(const TensorView& a, const TensorView& b) {
+  if (SizeOf(a.dtype) != SizeOf(b.dtype)) return false;
+  const auto size = static_cast<int64_t>(SizeOf(a.dtype));
+  // Elements from the first to the last of a row; 0 if the view is not made of such rows.
+  const auto columns = [](const TensorView& view, int64_t pitch) {
+    int64_t count = 1;
+    for (int i = 0; i < view.rank; ++i) {
+      const int64_t extent = view.shape[static_cast<size_t>(i)];
+      const int64_t stride = view.strides[static_cast<size_t>(i)];
+      if (extent == 1) continue;
+      if (stride <= 0 || (stride >= pitch && stride % pitch != 0)) return int64_t{0};
+      if (stride < pitch) count += (extent - 1) * stride;
+    }
+    return count;
+  };
+  const auto distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(b.data) -
+                                             reinterpret_cast<uintptr_t>(a.data));
+  for (int i = 0; i < a.rank; ++i) {
+    const int64_t pitch = a.strides[static_cast<size_t>(i)];
+    if (pitch <= 0 || a.shape[static_cast<size_t>(i)] == 1) continue;
+    const int64_t a_columns = columns(a, pitch), b_columns = columns(b, pitch);
+    if (a_columns == 0 || b_columns == 0) continue;
+    const int64_t bytes = pitch * size;
+    const int64_t offset = (distance % bytes + bytes) % bytes;  // of b's columns from a's
+    if (a_columns * size <= offset && offset + b_columns * size <= bytes) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 Status CheckDisjoint(const std::string& name, const TensorView& a, const std::string& other_name,
                      const TensorView& b) {
   if (a.data == nullptr || b.data == nullptr || HasNoElements(a) || HasNoElements(b)) {
@@ -105,8 +141,8 @@ Status CheckDisjoint(const std::string& name, const TensorView& a, const std::st
     return reinterpret_cast<uintptr_t>(tensor.data) +
            static_cast<uintptr_t>(element * SizeOf(tensor.dtype));
   };
-  const bool disjoint =
-      address(a, a_high + 1) <= address(b, b_low) || address(b, b_high + 1) <= address(a, a_low);
+  const bool disjoint = address(a, a_high + 1) <= address(b, b_low) ||
+                        address(b, b_high + 1) <= address(a, a_low) || LieInSeparateColumns(a, b);
   if (disjoint) return Status::Ok();
   return BadArgument(name, "memory shared with " + other_name, "separate from it");
 }

@@ -25,6 +25,13 @@ __nv_bfloat16* Write(const at::Tensor& tensor) {
   return static_cast<__nv_bfloat16*>(tensor.mutable_data_ptr());
 }
 
+// The sum over the first dimension, flat. A product with ones: a reduction over so few columns
+// would keep a handful of multiprocessors busy.
+at::Tensor SumOfPartials(const at::Tensor& partial) {
+  const int64_t rows = partial.size(0);
+  return at::mv(partial.view({rows, -1}).t(), at::ones({rows}, partial.options()));
+}
+
 class AddAndNormFunction : public torch::autograd::Function<AddAndNormFunction> {
  public:
   static variable_list forward(AutogradContext* context, const at::Tensor& stream_given,
@@ -59,7 +66,7 @@ class AddAndNormFunction : public torch::autograd::Function<AddAndNormFunction> 
                                   stream_out.mutable_data_ptr<float>(), Write(update_out),
                                   partial.mutable_data_ptr<float>(), update.size(0), width},
                Stream()));
-    const at::Tensor weights = partial.sum(0).to(update.scalar_type());
+    const at::Tensor weights = SumOfPartials(partial).view({2, width}).to(update.scalar_type());
     return {stream_out, update_out, weights[0], weights[1]};
   }
 };
@@ -103,7 +110,7 @@ class EmbedAndNormFunction : public torch::autograd::Function<EmbedAndNormFuncti
     const at::Tensor one_hot =
         at::arange(context->saved_data["entries"].toInt(), tokens.options()).unsqueeze(1) == tokens;
     return {at::Tensor(), at::mm(one_hot.to(row_gradient.scalar_type()), row_gradient),
-            partial.sum(0).to(row_gradient.scalar_type()), at::Tensor()};
+            SumOfPartials(partial).to(row_gradient.scalar_type()), at::Tensor()};
   }
 };
 

@@ -70,7 +70,7 @@ struct KeyRows {
     return *reinterpret_cast<const float2*>(values + column);
   }
   __device__ __forceinline__ RowScore ScoreOf(const Queries& queries, int query) const {
-    return {queries.factor[query], queries.curve.order, call.problem.softcap, queries.slope,
+    return {queries.factor[query], queries.curve.order, queries.slope,
             queries.first + query + place.part.keys - place.part.queries};
   }
 
@@ -111,7 +111,17 @@ struct KeyRows {
   // True in all lanes if any weight of the warp is positive or NaN.
   __device__ __forceinline__ bool Excess(const Queries& queries, const Scores& dot, int offset,
                                          bool masked, Scores& w) const {
-    const float plain_factor = call.problem.scale * queries.curve.order;
+    if constexpr (Variant::kPlain) {
+      const float factor = call.problem.scale * queries.curve.order;
+      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = factor * dot[m][t][e]; });
+    } else {
+      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
+      ToZ<4 * kTiles * kRowTiles>(
+          call.problem.softcap,
+          [&](int i) -> float& { return w[i / (4 * kTiles)][i / 4 % kTiles][i % 4]; },
+          [&](int i) { return ScoreOf(queries, offset + Column(i / 4 % kTiles) + i % 2); },
+          [&](int i) { return Row(i / (4 * kTiles), i / 2 % 2); });
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const float2 pair = Pair(queries.threshold, offset + Column(t));
@@ -119,29 +129,15 @@ struct KeyRows {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (Variant::kPlain) {
-            w[m][t][e] = fmaf(dot[m][t][e], plain_factor, -threshold[e % 2]);
-          } else {
-            const RowScore score = ScoreOf(queries, offset + Column(t) + e % 2);
-            w[m][t][e] = score.Z(dot[m][t][e], Row(m, e / 2)) - threshold[e % 2];
-          }
-        }
+        for (int e = 0; e < 4; ++e) w[m][t][e] -= threshold[e % 2];
       }
     }
     if (masked) {
       const Band band = place.band;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int query = queries.first + offset + Column(t) + e % 2;
-            if (!band.Sees(Row(m, e / 2), query)) w[m][t][e] = 0.0f;
-          }
-        }
-      }
+      ForAll(w, [&](int m, int t, int e) {
+        const int query = queries.first + offset + Column(t) + e % 2;
+        if (!band.Sees(Row(m, e / 2), query)) w[m][t][e] = 0.0f;
+      });
     }
     return AnyPositive(w);
   }
@@ -149,28 +145,23 @@ struct KeyRows {
   // Turns w into p and x = dP - delta into dR, the latter times the factor if it varies.
   __device__ __forceinline__ void WeightsAndGradients(const Queries& queries, const Scores& dot,
                                                       int offset, Scores& w, Scores& x) const {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (Variant::kCareful && w[m][t][e] == 0.0f) {
-            x[m][t][e] = 0.0f;
-            continue;
-          }
-          const auto [p, u] =
-              Probability::Of<Variant::kMode>(w[m][t][e], queries.curve.inverse - 1.0f);
-          w[m][t][e] = kWeightScale * p;
-          x[m][t][e] *= u;
-          if constexpr (!Variant::kPlain) {
-            const RowScore score = ScoreOf(queries, offset + Column(t) + e % 2);
-            x[m][t][e] *= score.factor * score.CapDerivative(dot[m][t][e]);
-          }
-          if constexpr (Variant::kCareful) x[m][t][e] *= gradient_scale;
-        }
-      }
+    const auto factor = [&](int t, int e) { return queries.factor[offset + Column(t) + e % 2]; };
+    if (!Variant::kPlain && call.problem.softcap > 0.0f) {
+      ForAll(x, [&](int m, int t, int e) {
+        x[m][t][e] *= RowScore::CapDerivative(call.problem.softcap, factor(t, e), dot[m][t][e]);
+      });
     }
+    ForAll(x, [&](int m, int t, int e) {
+      if (Variant::kCareful && w[m][t][e] == 0.0f) {
+        x[m][t][e] = 0.0f;
+        return;
+      }
+      const auto [p, u] = Probability::Of<Variant::kMode>(w[m][t][e], queries.curve.inverse - 1.0f);
+      w[m][t][e] = kWeightScale * p;
+      x[m][t][e] *= u;
+      if constexpr (!Variant::kPlain) x[m][t][e] *= factor(t, e);
+      if constexpr (Variant::kCareful) x[m][t][e] *= gradient_scale;
+    });
   }
 
   // Adds p dO for the elements of dO that ClearNonFinite took out of the tile, where p is not zero.

@@ -113,7 +113,7 @@ struct QueryRows {
     return chunk + 8 * t + 2 * (static_cast<int>(threadIdx.x) % 4) + e % 2;
   }
   __device__ __forceinline__ RowScore ScoreOf(int m, int half) const {
-    return {factor[m][half], curve.order, call.problem.softcap, slope,
+    return {factor[m][half], curve.order, slope,
             Row(m, half) + place.part.keys - place.part.queries};
   }
 
@@ -135,14 +135,7 @@ struct QueryRows {
       if (!Excess(dot, chunk, masked, key_is_finite + offset, w)) continue;
 
       Scores x;  // dP - delta, then dR
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[m][t][e] = minus_delta[m][e / 2];
-        }
-      }
+      ForAll(x, [&](int m, int t, int e) { x[m][t][e] = minus_delta[m][e / 2]; });
       AddDotProducts(gradient, value, offset, x);
       ScoreGradients(dot, w, chunk, x);
       AddWeightedRows(x, key, offset, column, sum);
@@ -152,46 +145,29 @@ struct QueryRows {
   // True in all lanes if any weight of the warp is positive or NaN.
   __device__ __forceinline__ bool Excess(const Scores& dot, int chunk, bool masked,
                                          const float* key_is_finite, Scores& w) const {
-    const float plain_factor = call.problem.scale * curve.order;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (Variant::kPlain) {
-            w[m][t][e] = fmaf(dot[m][t][e], plain_factor, -threshold[m][e / 2]);
-          } else {
-            w[m][t][e] = ScoreOf(m, e / 2).Z(dot[m][t][e], Key(chunk, t, e)) - threshold[m][e / 2];
-          }
-        }
-      }
+    if constexpr (Variant::kPlain) {
+      const float plain_factor = call.problem.scale * curve.order;
+      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = plain_factor * dot[m][t][e]; });
+    } else {
+      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
+      ToZ<4 * kTiles * kRowTiles>(
+          call.problem.softcap,
+          [&](int i) -> float& { return w[i / (4 * kTiles)][i / 4 % kTiles][i % 4]; },
+          [&](int i) { return ScoreOf(i / (4 * kTiles), i / 2 % 2); },
+          [&](int i) { return Key(chunk, i / 4 % kTiles, i % 4); });
     }
+    ForAll(w, [&](int m, int t, int e) { w[m][t][e] -= threshold[m][e / 2]; });
     if (masked) {
       const Band band = place.band;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (!band.Sees(Row(m, e / 2), Key(chunk, t, e))) w[m][t][e] = 0.0f;
-          }
-        }
-      }
+      ForAll(w, [&](int m, int t, int e) {
+        if (!band.Sees(Row(m, e / 2), Key(chunk, t, e))) w[m][t][e] = 0.0f;
+      });
     }
     if constexpr (Variant::kCareful) {
       // With a threshold that is a number the score of such a key was -inf, before it was cleared.
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (key_is_finite[Key(0, t, e)] == 0.0f && !isnan(w[m][t][e])) w[m][t][e] = 0.0f;
-          }
-        }
-      }
+      ForAll(w, [&](int m, int t, int e) {
+        if (key_is_finite[Key(0, t, e)] == 0.0f && !isnan(w[m][t][e])) w[m][t][e] = 0.0f;
+      });
     }
     return AnyPositive(w);
   }
@@ -199,40 +175,74 @@ struct QueryRows {
   // Turns x = dP - delta into dR, and adds to the sums of the rows.
   __device__ __forceinline__ void ScoreGradients(const Scores& dot, const Scores& w, int chunk,
                                                  Scores& x) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (Variant::kCareful && w[m][t][e] == 0.0f) {
-            x[m][t][e] = 0.0f;
-            continue;
-          }
-          const auto [p, u] = Probability::Of<Variant::kMode>(w[m][t][e], curve.inverse - 1.0f);
-          const float dp = x[m][t][e];
-          x[m][t][e] = u * dp;
-          if constexpr (!Variant::kPlain) {
-            const float ds = x[m][t][e];
-            const RowScore score = ScoreOf(m, e / 2);
-            x[m][t][e] *= score.CapDerivative(dot[m][t][e]);
-            if (w[m][t][e] != 0.0f) {
-              const float distance = fabsf(static_cast<float>(score.position - Key(chunk, t, e)));
-              RowSums& sums = results[m][e / 2];
-              const float product =
-                  score.CapDerivative(dot[m][t][e]) * call.problem.scale * dot[m][t][e];
-              sums.distance = fmaf(ds, -distance, sums.distance);
-              sums.product = fmaf(ds, product, sums.product);
-              sums.u_gradient += ds;
-              sums.u += u;
-              sums.u_distance = fmaf(u, -distance, sums.u_distance);
-              sums.u_product = fmaf(u, product, sums.u_product);
-              if (call.alpha_rows) AddToAlpha(w[m][t][e], p, dp, &sums);
-            }
-          }
-          if constexpr (Variant::kCareful) x[m][t][e] *= gradient_scale;
-        }
+    if constexpr (!Variant::kPlain) {
+      if (call.alpha_rows || call.slope_rows || call.query_scale_rows) {
+        AddToResults(dot, w, chunk, x);
       }
+      if (call.problem.softcap > 0.0f) {
+        ForAll(x, [&](int m, int t, int e) { x[m][t][e] *= CapDerivative(m, e, dot[m][t][e]); });
+      }
+    }
+    ForAll(x, [&](int m, int t, int e) {
+      if (Variant::kCareful && w[m][t][e] == 0.0f) {
+        x[m][t][e] = 0.0f;
+        return;
+      }
+      x[m][t][e] *= ProbabilityOf(w[m][t][e]).u;
+      if constexpr (Variant::kCareful) x[m][t][e] *= gradient_scale;
+    });
+  }
+
+  __device__ __forceinline__ Probability ProbabilityOf(float w) const {
+    return Probability::Of<Variant::kMode>(w, curve.inverse - 1.0f);
+  }
+  __device__ __forceinline__ float CapDerivative(int m, int e, float dot) const {
+    return RowScore::CapDerivative(call.problem.softcap, factor[m][e / 2], dot);
+  }
+
+  // Adds to the sums of the rows; x = dP - delta. A loop for each result, since most calls want at
+  // most one. Where a score is not finite and its weight zero the sums become NaN, but then so does
+  // a sum of dQ, and the block runs again, with care.
+  __device__ __forceinline__ void AddToResults(const Scores& dot, const Scores& w, int chunk,
+                                               const Scores& x) {
+    const auto for_weights = [&](auto body) {
+      ForAll(x, [&](int m, int t, int e) {
+        if (Variant::kCareful && w[m][t][e] == 0.0f) return;
+        body(m, t, e, ProbabilityOf(w[m][t][e]).u, results[m][e / 2]);
+      });
+    };
+    for_weights([&](int m, int t, int e, float u, RowSums& sums) {
+      sums.u += u;
+      sums.u_gradient = fmaf(u, x[m][t][e], sums.u_gradient);
+    });
+    if (call.slope_rows) {
+      for_weights([&](int m, int t, int e, float u, RowSums& sums) {
+        const int position = Row(m, e / 2) + place.part.keys - place.part.queries;
+        const float distance = u * fabsf(static_cast<float>(position - Key(chunk, t, e)));
+        sums.u_distance -= distance;
+        sums.distance = fmaf(-distance, x[m][t][e], sums.distance);
+      });
+    }
+    if (call.query_scale_rows) {
+      const auto add = [&](bool capped) {
+        for_weights([&](int m, int t, int e, float u, RowSums& sums) {
+          float product = u * call.problem.scale * dot[m][t][e];
+          if (capped) product *= CapDerivative(m, e, dot[m][t][e]);
+          sums.u_product += product;
+          sums.product = fmaf(product, x[m][t][e], sums.product);
+        });
+      };
+      if (call.problem.softcap > 0.0f) {
+        add(true);
+      } else {
+        add(false);
+      }
+    }
+    if (call.alpha_rows) {
+      ForAll(x, [&](int m, int t, int e) {
+        if (w[m][t][e] == 0.0f) return;
+        AddToAlpha(w[m][t][e], ProbabilityOf(w[m][t][e]).p, x[m][t][e], &results[m][e / 2]);
+      });
     }
   }
 

@@ -325,21 +325,27 @@ __device__ __forceinline__ bool AllFinite(const float (&sum)[kRowTiles][kColumnT
   return zero == 0.0f;
 }
 
-// Replaces w by its positive part. True in all lanes if any of the warp's is not zero, or NaN.
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ bool AnyPositive(float (&w)[kRowTiles][kTiles][4]) {
-  unsigned bits = 0;
+// Calls body(m, t, e) for every accumulator of a warp's scores; all are constants.
+template <int kRowTiles, int kTiles, class Body>
+__device__ __forceinline__ void ForAll(const float (&)[kRowTiles][kTiles][4], Body body) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        w[m][t][e] = PositivePart(w[m][t][e]);
-        bits |= __float_as_uint(w[m][t][e]);
-      }
+      for (int e = 0; e < 4; ++e) body(m, t, e);
     }
   }
+}
+
+// Replaces w by its positive part. True in all lanes if any of the warp's is not zero, or NaN.
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ bool AnyPositive(float (&w)[kRowTiles][kTiles][4]) {
+  unsigned bits = 0;
+  ForAll(w, [&](int m, int t, int e) {
+    w[m][t][e] = PositivePart(w[m][t][e]);
+    bits |= __float_as_uint(w[m][t][e]);
+  });
   return __any_sync(kAllLanes, bits != 0);
 }
 

@@ -135,12 +135,10 @@ struct ShortStrip {
     }
     ForBlocks([&](int block, int first) {
       if constexpr (!kFast) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int key = first_key + first + e / 4 * 8 + lane % 4 * 2 + e % 2;
-          float& s = score[block][e / 4][e % 4];
-          s = rule[e / 2 % 2].Z(s, key);
-        }
+        ToZ<8>(
+            call.problem.softcap, [&](int e) -> float& { return score[block][e / 4][e % 4]; },
+            [&](int e) -> const RowScore& { return rule[e / 2 % 2]; },
+            [&](int e) { return first_key + first + e / 4 * 8 + lane % 4 * 2 + e % 2; });
       }
       if (first < clear_first || first + 16 > clear_end) {
 #pragma unroll

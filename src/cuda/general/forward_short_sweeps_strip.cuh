@@ -105,14 +105,13 @@ struct SweepStrip {
     if constexpr (!kFast) {
       const int key = first_key + first + Lane() % 4 * 2;
       const float slope = call.problem.slopes ? call.problem.slopes[head] : 0.0f;
-#pragma unroll
-      for (int e = 0; e < 8 * kCount; ++e) {
-        const int i = 2 * kFirst + e / 8 * 2 + e / 2 % 2;
-        const RowScore rule{factor[i], curve.order, call.problem.softcap, slope,
-                            Row(i) + part.keys - part.queries};
-        float& s = score[e / 8][e / 4 % 2][e % 4];
-        s = rule.Z(s, key + e / 4 % 2 * 8 + e % 2);
-      }
+      ToZ<8 * kCount>(
+          call.problem.softcap, [&](int e) -> float& { return score[e / 8][e / 4 % 2][e % 4]; },
+          [&](int e) -> RowScore {
+            const int i = 2 * kFirst + e / 8 * 2 + e / 2 % 2;
+            return {factor[i], curve.order, slope, Row(i) + part.keys - part.queries};
+          },
+          [&](int e) { return key + e / 4 % 2 * 8 + e % 2; });
     }
     if (first + 16 > clear_end) {
 #pragma unroll

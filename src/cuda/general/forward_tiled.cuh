@@ -123,11 +123,9 @@ struct TiledStrip {
       return first + e / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2;
     };
     if constexpr (!kFast) {
-#pragma unroll
-      for (int e = 0; e < 4 * kTiles; ++e) {
-        float& s = score[e / 4][e % 4];
-        s = rule[e / 2 % 2].Z(s, key_of(e));
-      }
+      ToZ<4 * kTiles>(
+          call.problem.softcap, [&](int e) -> float& { return score[e / 4][e % 4]; },
+          [&](int e) -> const RowScore& { return rule[e / 2 % 2]; }, key_of);
     }
     if (first < clear_first || first + kTileKeys > clear_end) {
 #pragma unroll

@@ -149,11 +149,10 @@ struct KeyRange {
 
 // One row's way from dot products to z.
 struct RowScore {
-  float factor;   // scale * query_scale
-  float order;    // alpha - 1
-  float softcap;  // 0: none
-  float slope;    // 0: none
-  int position;   // i'
+  float factor;  // scale * query_scale
+  float order;   // alpha - 1
+  float slope;   // 0: none
+  int position;  // i'
 
   static __device__ __forceinline__ RowScore Of(const GeneralProblem& problem,
                                                 const SequencePart& part, int head, float order,
@@ -165,25 +164,41 @@ struct RowScore {
                                     static_cast<int64_t>(part.first_query + row) *
                                         problem.query_scale_stride[2]];
     }
-    return {factor, order, problem.softcap, problem.slopes ? problem.slopes[head] : 0.0f,
+    return {factor, order, problem.slopes ? problem.slopes[head] : 0.0f,
             row + part.keys - part.queries};
   }
 
-  // z of key `key` (counted inside the sequence) with this dot product.
-  __device__ __forceinline__ float Z(float dot, int key) const {
-    float s = factor * dot;
-    if (softcap > 0.0f) s = softcap * tanhf(s / softcap);
-    if (slope != 0.0f) s = fmaf(-slope, fabsf(static_cast<float>(position - key)), s);
-    return order * s;
+  // The three steps from a dot product to z of key `key` (counted inside the sequence).
+  __device__ __forceinline__ float Scale(float dot) const { return factor * dot; }
+  static __device__ __forceinline__ float Cap(float softcap, float s) {
+    return softcap * tanhf(s / softcap);
+  }
+  __device__ __forceinline__ float AddSlope(float s, int key) const {
+    return order * fmaf(-slope, fabsf(static_cast<float>(position - key)), s);
   }
 
-  // ds / d(scale * query_scale * dot): 1 - tanh^2.
-  __device__ __forceinline__ float CapDerivative(float dot) const {
-    if (!(softcap > 0.0f)) return 1.0f;
+  // ds / d(scale * query_scale * dot): 1 - tanh^2. Only with a softcap.
+  static __device__ __forceinline__ float CapDerivative(float softcap, float factor, float dot) {
     const float t = tanhf(factor * dot / softcap);
     return fmaf(-t, t, 1.0f);
   }
 };
+
+// Turns kCount dot products of a thread into z. score(e) is a reference to the e-th, rule(e) the
+// RowScore of its row, key(e) its key. The steps are loops of their own: the hyperbolic tangents,
+// hundreds of instructions that are nearly never wanted, are then passed over in one jump; one jump
+// a score made the instruction cache the bound of every kernel with slopes.
+template <int kCount, class ScoreOf, class RuleOf, class KeyOf>
+__device__ __forceinline__ void ToZ(float softcap, ScoreOf score, RuleOf rule, KeyOf key) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) score(e) = rule(e).Scale(score(e));
+  if (softcap > 0.0f) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) score(e) = RowScore::Cap(softcap, score(e));
+  }
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) score(e) = rule(e).AddSlope(score(e), key(e));
+}
 
 }  // namespace flash_entmax::cuda
 
