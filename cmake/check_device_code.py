@@ -18,11 +18,12 @@ ALLOWED = [
     (re.compile(r"RunAgain|Careful|Redo"), 1 << 20),  # second runs over inputs with NaN
     (re.compile(r"SweepForwardKernel"), 1200),  # listed scores, in the search for the threshold
     (re.compile(r"ShortForwardKernelIf"), 4000),  # float32
-    (re.compile(r"ShortForwardKernel.*Lb0EE"), 2000),  # the same with general alpha and modifiers
+    (re.compile(r"ShortForwardKernel.*Lb0E"), 2000),  # the same with general alpha and modifiers
     (re.compile(r"ShortForwardKernel"), 800),  # addresses, once a strip of 16 queries
     (re.compile(r"GeneralBackward.*AlphaE2ELb0"), 1200),  # general alpha with optional results
     (re.compile(r"GeneralBackward.*ELb0ELb0E"), 600),  # optional results: their sums
     (re.compile(r"(GeneralBackward|TiledForward).*(If|Li256E)"), 128),  # float, 256 columns
+    (re.compile(r"TiledForward.*Lb0EE"), 16),  # modifiers of the score: an address, once a pass
     (re.compile(r"GeneralBackward"), 64),  # addresses, once a tile
     (re.compile(r"FinishForwardKernel.*AlphaModeE2E"), 32),  # general alpha: once a row
 ]

@@ -26,8 +26,13 @@ struct AttentionInputs {
 // Gradients in qkv, query_scale and alpha. An engine's error is thrown as c10::Error.
 at::Tensor EngineAttention(const AttentionInputs& inputs);
 
-// Softmax by PyTorch's operators. Without gradients, long inputs go in blocks of query rows.
+// Softmax by PyTorch's operators; without gradients by SoftmaxByHeads.
 at::Tensor ComposedSoftmax(const AttentionInputs& inputs);
+
+// The same for long inputs, without gradients: heads without a slope through PyTorch's flash
+// attention, the others block by block over the keys that their slope lets matter. What is left out
+// weighs less than 2^−24 of a row.
+at::Tensor SoftmaxByHeads(const AttentionInputs& inputs);
 
 // Linear attention (Katharopoulos, Vyas, Pappas & Fleuret 2020) with φ = elu + 1, as the quadratic
 // form of a state that decays by exp(−slope) and by the token's own gate:

@@ -9,8 +9,11 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -34,16 +37,18 @@ void OnSignal(int signal) {
 struct LabOptions {
   std::string recipe;
   std::string folder = "out/lab";
-  std::string variant;  // empty: every one
-  int64_t seed = -1;    // negative: every one of the recipe
+  std::vector<std::string> variants;  // empty: every one
+  std::vector<int64_t> seeds;         // empty: every one of the recipe
   std::string device = "cpu";
   double time_limit = 0.0;
   std::string part = "1/1";
   std::vector<std::string> overrides;
   bool no_evaluation = false;
+  int64_t jobs = 1;
 };
 
-// One line on a terminal's stderr, rewritten at most ten times a second.
+// One line on a terminal's stderr, rewritten at most ten times a second; with several runs at a
+// time it shows what each of them said last.
 class StatusLine {
  public:
   explicit StatusLine(const CommonOptions& common)
@@ -52,21 +57,37 @@ class StatusLine {
   StatusLine(const StatusLine&) = delete;
   StatusLine& operator=(const StatusLine&) = delete;
 
-  void Show(const std::string& text) {
+  void Show(const std::string& run, const std::string& text) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    texts_[run] = text;
     const auto now = std::chrono::steady_clock::now();
     if (!enabled_ || (drawn_ && now - last_ < std::chrono::milliseconds(100))) return;
     last_ = now;
     drawn_ = true;
-    std::fputs(("\r\x1B[K" + text).c_str(), stderr);
+    std::string line;
+    for (const auto& [name, said] : texts_) line += (line.empty() ? "" : " │ ") + said;
+    std::fputs(("\r\x1B[K" + line).c_str(), stderr);
     std::fflush(stderr);
   }
+  // Takes a run's text away, and prints a line for good.
+  void Finish(const std::string& run, const std::string& line) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    texts_.erase(run);
+    Clear();
+    if (line.empty()) return;
+    std::fputs((line + "\n").c_str(), stdout);
+    std::fflush(stdout);
+  }
+
+ private:
   void Clear() {
     if (drawn_) std::fputs("\r\x1B[K", stderr);
     drawn_ = false;
   }
 
- private:
   const bool enabled_;
+  std::mutex mutex_;
+  std::map<std::string, std::string> texts_;
   bool drawn_ = false;
   std::chrono::steady_clock::time_point last_;
 };
@@ -79,11 +100,10 @@ std::string FolderOf(const LabOptions& options, const RunConfig& run) {
   return (std::filesystem::path(options.folder) / Describe(run)).string();
 }
 
-std::string Bar(const std::string& name, const lab::TrainingReport& report) {
-  constexpr int kWidth = 20;
+std::string Bar(const std::string& name, const lab::TrainingReport& report, int width) {
   const double share = static_cast<double>(report.step) / static_cast<double>(report.steps);
   std::string bar;
-  for (int i = 0; i < kWidth; ++i) bar += static_cast<double>(i) < share * kWidth ? "█" : "░";
+  for (int i = 0; i < width; ++i) bar += static_cast<double>(i) < share * width ? "█" : "░";
   const double left =
       static_cast<double>(report.steps - report.step) / std::max(report.steps_per_second, 1e-9);
   std::string line =
@@ -104,26 +124,37 @@ Expected<std::vector<RunConfig>> Choose(const LabOptions& options) {
     return Status::InvalidArgument("--part: got \"" + options.part +
                                    "\"; must be K/N with 1 ≤ K ≤ N");
   }
-  std::vector<RunConfig> chosen;
-  std::string variants;
-  bool known = options.variant.empty();
-  int64_t number = 0;
+  std::vector<std::string> names;
+  std::map<size_t, std::vector<RunConfig>> rounds;  // every variant once, with its n-th seed
+  size_t seed_number = 0;
   for (const RunConfig& run : recipe->runs) {
-    if (variants.find(run.variant) == std::string::npos) {
-      variants += (variants.empty() ? "" : ", ") + run.variant;
+    const bool first = names.empty() || names.back() != run.variant;
+    if (first) names.push_back(run.variant);
+    seed_number = first ? 0 : seed_number + 1;
+    if (options.seeds.empty()) {
+      rounds[seed_number].push_back(run);
+    } else if (first) {
+      for (size_t i = 0; i < options.seeds.size(); ++i) {
+        rounds[i].push_back(run);
+        rounds[i].back().seed = static_cast<uint64_t>(options.seeds[i]);
+      }
     }
-    if (!options.variant.empty() && run.variant != options.variant) continue;
-    known = true;
-    RunConfig wanted = run;
-    if (options.seed >= 0) {
-      wanted.seed = static_cast<uint64_t>(options.seed);
-      if (!chosen.empty() && chosen.back().variant == run.variant) continue;
-    }
-    if (options.seed >= 0 || number++ % parts == part - 1) chosen.push_back(std::move(wanted));
   }
-  if (!known) {
-    return Status::InvalidArgument("--variant: got \"" + options.variant + "\"; must be one of " +
-                                   variants);
+  const auto among = [](const std::string& name, const std::vector<std::string>& all) {
+    return std::find(all.begin(), all.end(), name) != all.end();
+  };
+  for (const std::string& wanted : options.variants) {
+    if (among(wanted, names)) continue;
+    return Status::InvalidArgument("--variant: got \"" + wanted + "\"; must be one of " +
+                                   fmt::format("{}", fmt::join(names, ", ")));
+  }
+  std::vector<RunConfig> chosen;
+  int64_t number = 0;
+  for (const auto& [round, runs] : rounds) {
+    for (const RunConfig& run : runs) {
+      if (!options.variants.empty() && !among(run.variant, options.variants)) continue;
+      if (number++ % parts == part - 1) chosen.push_back(run);
+    }
   }
   return chosen;
 }
@@ -144,17 +175,50 @@ lab::TrainingOptions MakeOptions(const LabOptions& options, const Context& conte
   return training;
 }
 
-Status EvaluateRun(const LabOptions& options, const Context& context, const RunConfig& run) {
-  StatusLine line(context.common);
+std::string Message(const Context& context, const std::string& line) {
+  return context.common.quiet ? std::string() : line;
+}
+
+Status EvaluateRun(const LabOptions& options, const Context& context, const RunConfig& run,
+                   StatusLine* line) {
+  const std::string name = Describe(run);
   const Status status =
       lab::Evaluate(run, MakeOptions(options, context, run), [&](int64_t done, int64_t total) {
-        line.Show(fmt::format("{} evaluating, length {} of {}", Describe(run), done + 1, total));
+        line->Show(name, fmt::format("{} evaluating, length {} of {}", name, done + 1, total));
       });
-  line.Clear();
-  if (status.ok() && !context.common.quiet) {
-    fmt::print("{}: results in {}/result.json\n", Describe(run), FolderOf(options, run));
-  }
+  const std::string found =
+      fmt::format("{}: results in {}/result.json", name, FolderOf(options, run));
+  line->Finish(name, status.ok() ? Message(context, found) : std::string());
   return status;
+}
+
+// Trains a run and evaluates it.
+CommandResult TrainRun(const LabOptions& options, const Context& context, const RunConfig& run,
+                       double seconds_left, StatusLine* line) {
+  const std::string name = Describe(run);
+  lab::TrainingOptions training = MakeOptions(options, context, run);
+  if (std::filesystem::exists(std::filesystem::path(training.folder) / "result.json")) {
+    line->Finish(name, Message(context, name + ": finished before"));
+    return {};
+  }
+  training.time_limit = seconds_left;
+  training.progress = [&](const lab::TrainingReport& report) {
+    line->Show(name, Bar(name, report, options.jobs > 1 ? 8 : 20));
+  };
+  const Expected<lab::TrainingOutcome> outcome = lab::Train(run, training);
+  if (!outcome.ok()) {
+    line->Finish(name, "");
+    return FromStatus(outcome.status());
+  }
+  line->Finish(name,
+               Message(context, fmt::format("{}: step {} of {}, loss {:.5f}", name, outcome->step,
+                                            run.training.steps, outcome->loss)));
+  if (!outcome->finished) {
+    return CommandResult::Failure("stopped before the end; call again to go on");
+  }
+  if (options.no_evaluation) return {};
+  const Status status = EvaluateRun(options, context, run, line);
+  return status.ok() ? CommandResult() : FromStatus(status);
 }
 
 CommandResult RunTrain(const LabOptions& options, const Context& context) {
@@ -163,45 +227,46 @@ CommandResult RunTrain(const LabOptions& options, const Context& context) {
   std::signal(SIGINT, OnSignal);
   std::signal(SIGTERM, OnSignal);
   const auto start = std::chrono::steady_clock::now();
-  for (const RunConfig& run : *runs) {
-    const double used =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (options.time_limit > 0 && used >= options.time_limit) {
-      return CommandResult::Failure("the time limit is used up; call again to go on");
+  StatusLine line(context.common);
+  std::mutex mutex;
+  size_t next = 0;
+  CommandResult result;  // of the first run that fails: no other is begun after it
+  const auto work = [&] {
+    for (;;) {
+      const RunConfig* run = nullptr;
+      double left = 0.0;
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (next == runs->size() || result.exit_code() != 0) return;
+        const double used =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        if (options.time_limit > 0 && used >= options.time_limit) {
+          result = CommandResult::Failure("the time limit is used up; call again to go on");
+          return;
+        }
+        left = options.time_limit > 0 ? options.time_limit - used : 0.0;
+        run = &(*runs)[next++];
+      }
+      const CommandResult outcome = TrainRun(options, context, *run, left, &line);
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (outcome.exit_code() != 0 && result.exit_code() == 0) result = outcome;
     }
-    lab::TrainingOptions training = MakeOptions(options, context, run);
-    if (std::filesystem::exists(std::filesystem::path(training.folder) / "result.json")) {
-      if (!context.common.quiet) fmt::print("{}: finished before\n", Describe(run));
-      continue;
-    }
-    if (options.time_limit > 0) training.time_limit = options.time_limit - used;
-    StatusLine line(context.common);
-    training.progress = [&](const lab::TrainingReport& report) {
-      line.Show(Bar(Describe(run), report));
-    };
-    const Expected<lab::TrainingOutcome> outcome = lab::Train(run, training);
-    line.Clear();
-    if (!outcome.ok()) return FromStatus(outcome.status());
-    if (!context.common.quiet) {
-      fmt::print("{}: step {} of {}, loss {:.5f}\n", Describe(run), outcome->step,
-                 run.training.steps, outcome->loss);
-      std::fflush(stdout);
-    }
-    if (!outcome->finished) {
-      return CommandResult::Failure("stopped before the end; call again to go on");
-    }
-    if (options.no_evaluation) continue;
-    const Status status = EvaluateRun(options, context, run);
-    if (!status.ok()) return FromStatus(status);
+  };
+  std::vector<std::thread> others;
+  for (int64_t job = 1; job < std::min<int64_t>(options.jobs, std::ssize(*runs)); ++job) {
+    others.emplace_back(work);
   }
-  return {};
+  work();
+  for (std::thread& other : others) other.join();
+  return result;
 }
 
 CommandResult RunEval(const LabOptions& options, const Context& context) {
   const Expected<std::vector<RunConfig>> runs = Choose(options);
   if (!runs.ok()) return FromStatus(runs.status());
+  StatusLine line(context.common);
   for (const RunConfig& run : *runs) {
-    const Status status = EvaluateRun(options, context, run);
+    const Status status = EvaluateRun(options, context, run, &line);
     if (!status.ok()) return FromStatus(status);
   }
   return {};
@@ -212,8 +277,12 @@ void AddLabFlags(CLI::App* command, LabOptions* options) {
       ->required();
   command->add_option("--out", options->folder, "Folder of results: OUT/recipe/variant/seedN")
       ->capture_default_str();
-  command->add_option("--variant", options->variant, "Only this variant of the recipe");
-  command->add_option("--seed", options->seed, "This seed instead of the recipe's")
+  command
+      ->add_option("--variant", options->variants,
+                   "Only these variants of the recipe, as in softmax,entmax")
+      ->delimiter(',');
+  command->add_option("--seed", options->seeds, "These seeds instead of the recipe's, as in 1,2")
+      ->delimiter(',')
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
   command->add_option("--part", options->part, "K/N: only every N-th run, from the K-th")
       ->capture_default_str();
@@ -235,6 +304,12 @@ void AddTrainCommand(CLI::App& program, Context& context) {
       ->add_option("--time-limit", options->time_limit,
                    "Seconds after which to write a checkpoint and end; 0 for none")
       ->check(CLI::Range(0.0, 1e9))
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--jobs", options->jobs,
+          "Runs at a time, each on a thread of this program; on a GPU their kernels overlap")
+      ->check(CLI::Range(1, 64))
       ->capture_default_str();
   command->add_flag("--no-eval", options->no_evaluation, "Leave the evaluation to `eval`");
 }

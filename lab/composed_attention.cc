@@ -14,6 +14,7 @@ namespace {
 
 // Without gradients, scores of at most this many elements exist at a time.
 constexpr int64_t kMostScores = int64_t{1} << 26;
+constexpr int64_t kMostBandRows = 1024;
 
 // −slope·(i − j) of query rows first … first + count − 1: [heads or 1, count, first + count], −∞
 // where j > i.
@@ -36,6 +37,42 @@ at::Tensor Part(const AttentionInputs& inputs, int64_t part) {
     result = result * inputs.query_scale.transpose(1, 2).unsqueeze(3).to(result.scalar_type());
   }
   return result;
+}
+
+// Causal softmax attention of one head with a bias −slope·distance: [batch, length, head_size].
+//
+// With B a bound of all |scores| a key at distance w has at most exp(2B − slope·w) of the weight of
+// the row's own key. Keys further away than the reach w = (2B + log n + 24·log 2)/slope weigh less
+// than 2^−24 together, which float32 sums cannot see, and are left out.
+at::Tensor BandedSoftmax(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         double slope) {
+  const int64_t batch = query.size(0), length = query.size(1);
+  const double scale = 1.0 / std::sqrt(static_cast<double>(query.size(2)));
+  const auto largest = [](const at::Tensor& rows) {
+    return rows.to(at::kFloat).norm(2, -1).max().item<double>();
+  };
+  const double bound = 1.01 * scale * largest(query) * largest(key);
+  const double wanted =
+      (2.0 * bound + std::log(static_cast<double>(length)) + 24.0 * std::log(2.0)) / slope;
+  const bool finite = wanted > 0.0 && wanted < static_cast<double>(length);
+  const int64_t reach = finite ? static_cast<int64_t>(std::ceil(wanted)) : length;
+  const int64_t block =
+      std::clamp<int64_t>(kMostScores / (batch * (reach + kMostBandRows)), 1, kMostBandRows);
+  const auto options = query.options().dtype(at::kFloat);
+  at::Tensor output = at::empty_like(query, at::MemoryFormat::Contiguous);
+  for (int64_t first = 0; first < length; first += block) {
+    const int64_t count = std::min(block, length - first);
+    const int64_t from = std::max<int64_t>(0, first - reach), keys = first + count - from;
+    const at::Tensor distance = at::arange(first, first + count, options).unsqueeze(1) -
+                                at::arange(from, from + keys, options);
+    const at::Tensor bias = (-slope * distance).masked_fill(distance < 0, -INFINITY);
+    const at::Tensor products = at::matmul(query.narrow(1, first, count) * scale,
+                                           key.narrow(1, from, keys).transpose(1, 2));
+    const at::Tensor probabilities = at::softmax(products.to(at::kFloat) + bias, -1);
+    output.narrow(1, first, count)
+        .copy_(at::matmul(probabilities.to(value.scalar_type()), value.narrow(1, from, keys)));
+  }
+  return output;
 }
 
 // Runs `rows(first, count)` → [batch, heads, count, head_size] over blocks of query rows and puts
@@ -67,18 +104,42 @@ at::Tensor CausalScores(const AttentionInputs& inputs, int64_t first, int64_t co
 }
 
 at::Tensor ComposedSoftmax(const AttentionInputs& inputs) {
-  if (at::GradMode::is_enabled()) {
-    const at::Tensor bias =
-        PositionBias(inputs, 0, inputs.qkv.size(1), inputs.qkv.scalar_type()).unsqueeze(0);
-    return at::scaled_dot_product_attention(Part(inputs, 0), Part(inputs, 1), Part(inputs, 2), bias)
-        .transpose(1, 2);
+  if (!at::GradMode::is_enabled()) return SoftmaxByHeads(inputs);
+  const at::Tensor bias =
+      PositionBias(inputs, 0, inputs.qkv.size(1), inputs.qkv.scalar_type()).unsqueeze(0);
+  return at::scaled_dot_product_attention(Part(inputs, 0), Part(inputs, 1), Part(inputs, 2), bias)
+      .transpose(1, 2);
+}
+
+at::Tensor SoftmaxByHeads(const AttentionInputs& inputs) {
+  const at::NoGradGuard no_gradient;
+  const int64_t length = inputs.qkv.size(1), heads = inputs.qkv.size(3);
+  const at::Tensor query = Part(inputs, 0), key = Part(inputs, 1), value = Part(inputs, 2);
+  at::Tensor output =
+      at::empty({inputs.qkv.size(0), length, heads, inputs.qkv.size(4)}, inputs.qkv.options());
+  std::vector<double> slopes(static_cast<size_t>(heads), 0.0);
+  if (inputs.slopes.defined()) {
+    const at::Tensor known = inputs.slopes.to(at::kDouble).cpu().contiguous();
+    std::copy_n(known.const_data_ptr<double>(), heads, slopes.begin());
   }
-  return InBlocks(inputs, [&](int64_t first, int64_t count) {
-    const at::Tensor probabilities =
-        at::softmax(CausalScores(inputs, first, count).to(at::kFloat), -1);
-    return at::matmul(probabilities.to(inputs.qkv.scalar_type()),
-                      Part(inputs, 2).narrow(2, 0, first + count));
-  });
+  // Neighbouring heads without a slope go together.
+  for (int64_t head = 0; head < heads;) {
+    int64_t end = head + 1;
+    const double slope = slopes[static_cast<size_t>(head)];
+    if (slope == 0.0) {
+      while (end < heads && slopes[static_cast<size_t>(end)] == 0.0) ++end;
+      output.narrow(2, head, end - head)
+          .copy_(at::scaled_dot_product_attention(query.narrow(1, head, end - head),
+                                                  key.narrow(1, head, end - head),
+                                                  value.narrow(1, head, end - head), {}, 0.0, true)
+                     .transpose(1, 2));
+    } else {
+      output.select(2, head).copy_(
+          BandedSoftmax(query.select(1, head), key.select(1, head), value.select(1, head), slope));
+    }
+    head = end;
+  }
+  return output;
 }
 
 at::Tensor LinearAttention(const AttentionInputs& inputs, const at::Tensor& log_decay,

@@ -236,6 +236,7 @@ void ReadEvaluation(const Json& json, EvaluationConfig* evaluation, Status* stat
   fields.Whole("length", &evaluation->length, 1, 1 << 24);
   fields.Reals("multiples", &evaluation->multiples, 1.0 / 64, 65536);
   fields.Whole("samples", &evaluation->samples, 1, 1 << 24);
+  fields.Whole("total_tokens", &evaluation->total_tokens, 0, kMany);
   fields.Whole("max_tokens", &evaluation->max_tokens, 1, kMany);
   fields.Whole("statistics_rows", &evaluation->statistics_rows, 0, 1 << 20);
   fields.Finish();
@@ -452,6 +453,7 @@ std::string RunToJson(const RunConfig& run) {
                       {{"length", evaluation.length},
                        {"multiples", evaluation.multiples},
                        {"samples", evaluation.samples},
+                       {"total_tokens", evaluation.total_tokens},
                        {"max_tokens", evaluation.max_tokens},
                        {"statistics_rows", evaluation.statistics_rows}}}};
   return json.dump(2) + "\n";

@@ -73,9 +73,14 @@ struct TrainingConfig {
 };
 
 struct EvaluationConfig {
+  static constexpr int64_t kFewestSamples = 100;
+
   int64_t length = 16;                           // 1×
   std::vector<double> multiples = {1, 2, 4, 8};  // of `length`, rounded down
   int64_t samples = 200;
+  // Samples of a length together have at most this many tokens (0: no limit), but there are never
+  // fewer than kFewestSamples of them, or than `samples`.
+  int64_t total_tokens = 0;
   int64_t max_tokens = 16384;    // of one batch; longer samples go one at a time
   int64_t statistics_rows = 64;  // query rows a sample and head for the attention statistics
 };

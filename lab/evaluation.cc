@@ -107,15 +107,21 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
 
 }  // namespace
 
+int64_t SamplesOfLength(const Task& task, const EvaluationConfig& evaluation, int64_t length) {
+  if (evaluation.total_tokens == 0) return evaluation.samples;
+  const int64_t fewest = std::min(EvaluationConfig::kFewestSamples, evaluation.samples);
+  return std::clamp(evaluation.total_tokens / task.MaxTokens(length), fewest, evaluation.samples);
+}
+
 LengthResult EvaluateLength(const Task& task, const RunConfig& run, const Model& model,
-                            const at::Tensor& parameters, double multiple, int64_t samples,
-                            bool statistics) {
+                            const at::Tensor& parameters, double multiple, bool statistics,
+                            int64_t samples) {
   const at::NoGradGuard no_gradient;
   LengthResult result;
   result.multiple = multiple;
   result.length =
       static_cast<int64_t>(multiple * static_cast<double>(run.evaluation.length) + 1e-9);
-  result.samples = samples;
+  result.samples = samples > 0 ? samples : SamplesOfLength(task, run.evaluation, result.length);
   try {
     EvaluateSamples(task, run, model, parameters, statistics && run.evaluation.statistics_rows > 0,
                     &result);

@@ -34,10 +34,14 @@ struct LengthResult {
   std::string error;  // not empty: why there is no result, as when memory ran out
 };
 
-// `parameters` is of the compute type. `progress` is told the share that is done.
+// How many samples of `length` source symbols an evaluation takes.
+int64_t SamplesOfLength(const Task& task, const EvaluationConfig& evaluation, int64_t length);
+
+// `parameters` is of the compute type.
+// `samples` 0: as many as SamplesOfLength says.
 LengthResult EvaluateLength(const Task& task, const RunConfig& run, const Model& model,
-                            const at::Tensor& parameters, double multiple, int64_t samples,
-                            bool statistics);
+                            const at::Tensor& parameters, double multiple, bool statistics,
+                            int64_t samples = 0);
 
 // The results as one JSON document that names the run.
 std::string ResultsToJson(const RunConfig& run, const std::vector<LengthResult>& results,

@@ -1,6 +1,9 @@
 #include "layers.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
 
 #ifdef FLASH_ENTMAX_LAB_CUDA
 #include "cuda/fused_layers.h"
@@ -18,15 +21,31 @@ at::Tensor Normed(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, at::ScalarType compute) {
-  return Normed(x, weight).to(compute);
+std::pair<at::Tensor, at::Tensor> EmbedAndNorm(const at::Tensor& tokens,
+                                               const at::Tensor& embedding,
+                                               const at::Tensor& weight, at::ScalarType compute) {
+  const double scale = std::sqrt(static_cast<double>(embedding.size(1)));
+#ifdef FLASH_ENTMAX_LAB_CUDA
+  if (cuda::CanFuse(embedding)) return cuda::EmbedAndNorm(tokens, embedding, weight, scale);
+#endif
+  at::Tensor rows;
+  if (at::GradMode::is_enabled()) {
+    // As a product, whose gradient is a product too: deterministic, and no scatter.
+    const at::Tensor one_hot =
+        tokens.unsqueeze(1) == at::arange(embedding.size(0), tokens.options());
+    rows = at::mm(one_hot.to(compute), embedding);
+  } else {
+    rows = embedding.index_select(0, tokens);
+  }
+  const at::Tensor stream = rows.to(at::kFloat) * scale;
+  return {stream, Normed(stream, weight).to(compute)};
 }
 
 std::pair<at::Tensor, at::Tensor> AddAndNorm(const at::Tensor& stream, const at::Tensor& update,
                                              const at::Tensor& post, const at::Tensor& pre,
                                              at::ScalarType compute) {
 #ifdef FLASH_ENTMAX_LAB_CUDA
-  if (cuda::CanFuse(stream, update, post)) return cuda::AddAndNorm(stream, update, post, pre);
+  if (post.defined() && cuda::CanFuse(update)) return cuda::AddAndNorm(stream, update, post, pre);
 #endif
   const at::Tensor wide = update.to(at::kFloat);
   const at::Tensor sum = stream + (post.defined() ? Normed(wide, post) : wide);

@@ -14,9 +14,14 @@
 
 namespace flash_entmax::lab {
 
-// x / √(mean(x²) + 1e-6) · (1 + weight) over the last dimension (Zhang & Sennrich 2019; the "1 +"
-// as in Gemma). x: [rows, width] float32; weight: [width].
-at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, at::ScalarType compute);
+// RmsNorm(x, w) is x / √(mean(x²) + 1e-6) · (1 + w) over the last dimension (Zhang & Sennrich 2019;
+// the "1 +" as in Gemma).
+
+// The start of the model: stream = √width · embedding[tokens], normed = RmsNorm(stream, weight).
+// Returns {stream, normed}. tokens: [rows] int64; embedding: [entries, width] of type `compute`.
+std::pair<at::Tensor, at::Tensor> EmbedAndNorm(const at::Tensor& tokens,
+                                               const at::Tensor& embedding,
+                                               const at::Tensor& weight, at::ScalarType compute);
 
 // The end of one sublayer and the start of the next:
 //   stream' = stream + RmsNorm(update, post)   (stream + update if post is undefined),

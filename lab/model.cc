@@ -229,19 +229,8 @@ at::Tensor Model::Forward(const at::Tensor& parameters, const at::Tensor& tokens
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   Pieces pieces = parameters.split_with_sizes(sizes_);
   for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = pieces[i].view(parameters_[i].shape);
-  const at::Tensor& embedding = Piece(pieces, -1, "embedding");
-  const at::Tensor flat_tokens = tokens.reshape({-1});
-  at::Tensor stream;
-  if (at::GradMode::is_enabled()) {
-    // As a product, whose gradient is a product too: deterministic, and no scatter.
-    const at::Tensor one_hot =
-        flat_tokens.unsqueeze(1) == at::arange(vocabulary_, flat_tokens.options());
-    stream = at::mm(one_hot.to(compute_), embedding).to(at::kFloat);
-  } else {
-    stream = embedding.index_select(0, flat_tokens).to(at::kFloat);
-  }
-  stream = stream * std::sqrt(static_cast<double>(config_.width));
-  at::Tensor hidden = RmsNorm(stream, Piece(pieces, 0, "attention_norm"), compute_);
+  auto [stream, hidden] = EmbedAndNorm(tokens.reshape({-1}), Piece(pieces, -1, "embedding"),
+                                       Piece(pieces, 0, "attention_norm"), compute_);
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
     const bool last = layer + 1 == config_.layers;
     at::Tensor attended = Attend(pieces, layer, hidden, batch, length, observer);

@@ -11,6 +11,26 @@ import statistics
 import sys
 
 COLOURS = ["#1f5fa8", "#c2571a", "#2c8a4b", "#8b3fa0", "#a08a00", "#b0304f", "#4a6a72", "#7a5230"]
+# Published exact match, % (Vasylenko, Pitorro, Martins & Treviso, ICLR 2026, arXiv 2506.16640), at multiples of a
+# training length of 64, of models of the same sizes on the same tasks: {recipe: {attention: {multiple: %}}}.
+PUBLISHED = {
+    "mqmtar": {
+        "softmax": {1: 100, 2: 100, 4: 100, 16: 99.5, 64: 97.8, 256: 80.2, 1024: 3.0},
+        "entmax": {1: 100, 2: 100, 4: 100, 16: 99.5, 64: 92.7, 256: 66.8, 1024: 9.3},
+        "asentmax": {1: 100, 2: 100, 4: 100, 16: 99.7, 64: 99.6, 256: 99.0, 1024: 95.3},
+    },
+    "reverse": {
+        "softmax": {1: 100, 1.5: 36, 2: 0, 4: 0, 8: 0},
+        "entmax": {1: 100, 1.5: 100, 2: 93.5, 4: 28.5, 8: 2.5},
+        "asentmax": {1: 100, 1.5: 100, 2: 99.8, 4: 96.4, 8: 56.7},
+    },
+    "sort": {
+        "softmax": {1: 100, 2: 0, 4: 0, 8: 0},
+        "entmax": {1: 100, 2: 99.3, 4: 57.8, 8: 0},
+        "asentmax": {1: 100, 2: 100, 4: 79.7, 8: 0},
+    },
+    "copy": {"softmax": {64: 85.5}, "asentmax": {64: 86.6}},
+}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -37,6 +57,9 @@ def load(folder):
 
 def percent(values):
     """Mean and, in brackets, the range over seeds."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
     mean = 100 * statistics.mean(values)
     low, high = 100 * min(values), 100 * max(values)
     spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
@@ -44,7 +67,8 @@ def percent(values):
 
 
 def at(result, multiple):
-    return next(row for row in result["lengths"] if row["multiple"] == multiple)
+    """The row of a length; one without figures where it was not evaluated, or memory ran out."""
+    return next((row for row in result["lengths"] if row["multiple"] == multiple), {})
 
 
 def multiples(results):
@@ -108,14 +132,17 @@ def findings(variants):
     """What the figures say, by rules that name their own thresholds."""
     lines = []
 
+    def values(name, multiple):
+        return [at(r, multiple).get("exact_match", 0.0) for r in variants[name]]
+
     def mean(name, multiple):
-        return statistics.mean(at(r, multiple)["exact_match"] for r in variants[name])
+        return statistics.mean(values(name, multiple))
 
     def lowest(name, multiple):
-        return min(at(r, multiple)["exact_match"] for r in variants[name])
+        return min(values(name, multiple))
 
     def highest(name, multiple):
-        return max(at(r, multiple)["exact_match"] for r in variants[name])
+        return max(values(name, multiple))
 
     sparse = [n for n in variants if n in ("entmax", "asentmax", "sparsemax")]
     linear = [n for n in variants if "linear" in n]
@@ -150,6 +177,46 @@ def findings(variants):
     return lines
 
 
+def published(recipe, variants):
+    """Rows of the published figures for a recipe of the full set; none for shorter schedules."""
+    full = all(r["run"]["training"]["max_length"] == 64 for v in variants.values() for r in v)
+    return PUBLISHED.get(recipe, {}) if full else {}
+
+
+def shortcut_ceiling(task, length):
+    """Share of recall's samples that are solved by finding every value's first symbol and copying the second
+    from any value that begins alike, whatever its key: E[1/(1+k)] per query, k of the other values alike."""
+    symbols = task.get("symbols") or 256
+    pairs = max(1, length * 4 // (5 * (task["key_symbols"] + task["value_symbols"] + 2)))
+    alike = 1 / symbols
+    return ((1 - (1 - alike) ** pairs) / (pairs * alike)) ** task["queries"]
+
+
+def slots(variants, marks):
+    """Recall: accuracy by place in a query's answer, and the shortcut's ceiling."""
+    run = next(iter(variants.values()))[0]["run"]
+    task = run["task"]
+    if task["name"] != "recall":
+        return []
+    size = 1 + task["value_symbols"]
+    out = ["<h3>Recall by place in the answer, %</h3><p>Mark, then the symbols of the value, mean over queries and "
+           "seeds, each with the true ones before it. The ceiling is what a model reaches in whole sequences that "
+           "finds every first symbol but copies the rest from any value that begins alike, without reading the "
+           "key.</p>"]
+    rows = [["shortcut's ceiling"] + [f"{100 * shortcut_ceiling(task, int(m * run['evaluation']['length'])):.1f}"
+                                      for m in marks]]
+    for name, results in variants.items():
+        cells = []
+        for mark in marks:
+            found = [at(r, mark).get("slot_accuracy") or [] for r in results]
+            found = [f for f in found if len(f) == size * task["queries"]]
+            cells.append(" / ".join(f"{100 * statistics.mean(x for f in found for x in f[i::size]):.1f}"
+                                    for i in range(size)) if found else "")
+        rows.append([name] + cells)
+    out.append(table(["attention"] + [f"{m:g}×" for m in marks], rows))
+    return out
+
+
 def section(recipe, variants):
     any_results = next(iter(variants.values()))
     run, marks = any_results[0]["run"], multiples(any_results)
@@ -169,12 +236,20 @@ def section(recipe, variants):
     for key, title in (("exact_match", None), ("token_accuracy", "Tokens right, %")):
         if title:
             out.append(f"<h3>{title}</h3>")
-        out.append(table(heads, [[name] + [percent([at(r, m)[key] for r in results])
+        out.append(table(heads, [[name] + [percent([at(r, m).get(key) for r in results])
                                            for m in marks] for name, results in variants.items()]))
         if key == "exact_match":
-            series = {name: [100 * statistics.mean(at(r, m)[key] for r in results) for m in marks]
-                      for name, results in variants.items()}
+            reference = published(recipe, variants)
+            if reference:
+                out.append("<p>Published (one figure a cell; arXiv 2506.16640):</p>")
+                out.append(table(heads, [[name] + [f"{row[m]:g}" if m in row else "" for m in marks]
+                                         for name, row in reference.items()]))
+            series = {}
+            for name, results in variants.items():
+                found = [[at(r, m)[key] for r in results if key in at(r, m)] for m in marks]
+                series[name] = [100 * statistics.mean(f) if f else None for f in found]
             out.append(plot(series, [f"{m:g}×" for m in marks], "whole sequences right, %", 100))
+    out += slots(variants, marks)
     out.append("<h3>How far attention spreads</h3><p>Means over layers, heads and seeds: the "
                "largest weight of a row, and the keys with a weight above zero. Softmax's largest "
                "weight falls as the context grows (dispersion).</p>")
@@ -201,7 +276,7 @@ def text_table(recipe, variants):
     print("  " + "attention".ljust(18) + "".join(f"{m:g}×".rjust(17) for m in marks))
     for name, results in variants.items():
         print("  " + name.ljust(18) + "".join(
-            percent([at(r, m)["exact_match"] for r in results]).rjust(17) for m in marks))
+            percent([at(r, m).get("exact_match") for r in results]).rjust(17) for m in marks))
     for line in findings(variants):
         print("  " + line)
 

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "checkpoint.h"
+#include "device_lock.h"
 #include "evaluation.h"
 #include "flash_entmax/machine.h"
 #include "io/atomic_file.h"
@@ -90,6 +91,7 @@ struct Session {
 };
 
 Expected<Session> Open(const RunConfig& run, const TrainingOptions& options) {
+  const DeviceInCompany company;
   const Expected<at::Device> device = FindDevice(options.device);
   if (!device.ok()) return device.status();
   if (options.threads > 0) at::set_num_threads(options.threads);
@@ -195,9 +197,10 @@ class Trainer {
                  {"rate", LearningRate(training, session_.step - 1)},
                  {"seconds", earlier_ + SecondsSince(start_)}};
     if (quick) {
+      const DeviceInCompany company;
       const LengthResult evaluated =
           EvaluateLength(*session_.task, run_, *session_.model,
-                         ComputeParameters(run_, session_.state), 1.0, kQuickSamples, false);
+                         ComputeParameters(run_, session_.state), 1.0, false, kQuickSamples);
       exact_match_ = evaluated.exact_match;
       line["exact_match"] = evaluated.exact_match;
       line["token_accuracy"] = evaluated.token_accuracy;
@@ -218,6 +221,7 @@ class Trainer {
   }
 
   Status Save() {
+    const DeviceInCompany company;
     saved_ = Clock::now();
     return WriteCheckpoint(Join(options_.folder, "checkpoint.safetensors"), run_, session_.step,
                            session_.state);
@@ -296,8 +300,9 @@ Status Evaluate(const RunConfig& run, const TrainingOptions& options,
     std::vector<LengthResult> results;
     for (const double multiple : run.evaluation.multiples) {
       if (progress) progress(static_cast<int64_t>(results.size()), total);
-      results.push_back(EvaluateLength(*session->task, run, *session->model, parameters, multiple,
-                                       run.evaluation.samples, true));
+      const DeviceInCompany company;
+      results.push_back(
+          EvaluateLength(*session->task, run, *session->model, parameters, multiple, true));
     }
     const auto [loss, seconds] = LastMetrics(Join(options.folder, "metrics.jsonl"));
     return io::WriteFileAtomically(

@@ -39,6 +39,14 @@ TABLE = [
     ("gauss0.05", 1, 16, 8192, 64, (1.5, 1.2), None),
     ("gauss0.05", 1, 8, 32768, 64, (1.5, 1.2), None),
     ("gauss1", 1, 8, 32768, 128, (0.50, 0.25), (0.8, 0.4)),
+    # With ALiBi slopes; the rivals run without a bias. "alibi" has slopes in every head, always the
+    # same four, so that its time a row shows what the length alone costs.
+    ("nape", 1, 8, 8192, 64, None, None),
+    ("nape", 1, 8, 32768, 64, None, None),
+    ("nape", 1, 2, 131072, 64, None, None),
+    ("alibi", 1, 4, 8192, 64, None, None),
+    ("alibi", 1, 4, 32768, 64, None, None),
+    ("alibi", 1, 4, 131072, 64, None, None),
 ]
 # AdaSplash tunes every kernel over a long list; these settings are the ones it picks most often.
 ADASPLASH_BLOCKS = {(128, 64), (64, 64), (128, 32)}
@@ -69,7 +77,7 @@ def timed(functions, repetitions):
     return result
 
 
-def verify(attention, inputs, rows=48):
+def verify(attention, inputs, slopes, rows=48):
     """Largest errors of some rows of two heads against the dense float64 result."""
     q, k, v, gradient = inputs
     n = q.shape[2]
@@ -77,6 +85,9 @@ def verify(attention, inputs, rows=48):
     for head in sorted({0, q.shape[1] - 1}):
         some = torch.unique(torch.cat([torch.tensor([0, n - 1]), torch.randint(n, (rows,))])).cuda()
         z = 0.5 * q.shape[3] ** -0.5 * q[-1, head, some].double() @ k[-1, head].double().T
+        if slopes is not None:
+            distance = (some[:, None] - torch.arange(n, device="cuda")).abs()
+            z = z - 0.5 * slopes[head].double() * distance
         z = z.masked_fill(torch.arange(n, device="cuda") > some[:, None], -float("inf"))
         tau = reference.solve_threshold(z, 0.5)
         u = (z - tau).clamp(min=0)
@@ -139,14 +150,15 @@ def run_row(library, row, arguments, adasplash):
     name, batch, heads, n, size, goal_fa2, goal_cudnn = row
     count = 3 if batch * heads * n * size < 7e7 else 2
     sets = [workloads.make(name, batch, heads, n, size, seed=10 + s) for s in range(count)]
-    make = lambda save: fe.Attention(library, *sets[0][:3], causal=True, save=save,
+    slopes = workloads.slopes(name, heads)
+    make = lambda save: fe.Attention(library, *sets[0][:3], causal=True, save=save, slopes=slopes,
                                      engine=arguments.engine, capacity=-1)
     training, inference = make(True), make(False)
     training.prepare_backward(sets[0][3])
     training.forward()
     training.backward()
     torch.cuda.synchronize()
-    errors, support = verify(training, sets[0])
+    errors, support = verify(training, sets[0], slopes)
     good = all(errors[key] <= allowed for key, allowed in ALLOWED_ERROR.items())
     result = dict(workload=name, batch=batch, heads=heads, n=n, head_size=size,
                   engine=training.engine, errors=errors, correct=good, support=support,
@@ -183,12 +195,18 @@ def run_row(library, row, arguments, adasplash):
         if goal:
             goals.update({rival + " f": goal[0], rival + " f+b": goal[1]})
     result["goals"] = goals
+    per_row = {key: 1e3 * median["ours " + key] / (batch * heads * n) for key in ("f", "f+b")}
+    result["microseconds_per_row"] = per_row
+    if slopes is not None:
+        result["rivals"] = "without a bias"
     line = f"{name:9s} n {n:6d} x {batch * heads:4d} d {size:3d} {training.engine:9s} "
     line += f"support {support:6.1f} {'ok ' if good else 'WRONG'} "
     line += " ".join(f"{key} {value:.3f}" for key, value in median.items())
     line += " | " + " ".join(
         f"{key} {value:.3f}" + (f" (goal {goals[key]})" if key in goals else "")
         for key, value in result["ratios"].items())
+    if slopes is not None:
+        line += f" | us a row f {per_row['f']:.4f} f+b {per_row['f+b']:.4f}; rivals without a bias"
     print(line, flush=True)
     return result
 

@@ -5,17 +5,32 @@ import math
 import torch
 
 
+SLOPED = ("nape", "alibi")
+
+
+def slopes(name, heads, device="cuda"):
+    """ALiBi slopes a head, or None. nape: 1, 1/2, ..., 1/(heads/2), then none on the second half of
+    the heads; alibi: 1, 1/2, ... on all of them, that is what the first half of nape does.
+    """
+    if name not in SLOPED:
+        return None
+    sloped = heads if name == "alibi" else heads // 2
+    return torch.tensor([1 / (i + 1) if i < sloped else 0.0 for i in range(heads)], device=device)
+
+
 def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0, device="cuda"):
     """query, key, value, output gradient of (batch, heads, n, size).
 
     gauss(s): q ~ s N(0, 1), k ~ N(0, 1), so that scores have standard deviation s. topic(C):
-    segments of 256 positions, each on one of C topics. local: q, k smooth in the position.
+    segments of 256 positions, each on one of C topics. local: q, k smooth in the position. nape,
+    alibi: gauss1, see slopes().
     """
     g = torch.Generator(device=device).manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, device=device)
     shape = (batch, heads, n, size)
-    if name.startswith("gauss"):
-        q, k = normal(*shape) * float(name[5:]), normal(*shape)
+    if name.startswith("gauss") or name in SLOPED:
+        std = 1.0 if name in SLOPED else float(name[5:])
+        q, k = normal(*shape) * std, normal(*shape)
     elif name.startswith("topic"):
         topics = int(name[5:])
         centre = torch.nn.functional.normalize(normal(batch, heads, topics, size), dim=-1)
@@ -34,5 +49,5 @@ def make(name, batch, heads, n, size, dtype=torch.bfloat16, seed=0, device="cuda
             step, factor = 2 * step, factor * factor
         q, k = base + 0.3 * normal(*shape), base + 0.3 * normal(*shape)
     else:
-        raise ValueError(f"workload: got {name!r}; must be gauss<s>, topic<C> or local")
+        raise ValueError(f"workload: got {name!r}; must be gauss<s>, topic<C>, local, nape or alibi")
     return [t.to(dtype) for t in (q, k, normal(*shape), normal(*shape))]

@@ -68,6 +68,7 @@ fe::gpu::AttentionOptions In(const FlashEntmaxCOptions& options) {
   result.max_key_length = options.max_key_length;
   result.support_capacity = options.support_capacity;
   result.engine = static_cast<fe::gpu::Engine>(options.engine);
+  result.visit_all_tiles = options.visit_all_tiles != 0;
   return result;
 }
 

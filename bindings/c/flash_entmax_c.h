@@ -37,6 +37,7 @@ typedef struct {
   int64_t max_query_length, max_key_length;
   int64_t support_capacity; /* -1: automatic */
   int32_t engine;           /* 0 automatic, 1 screening, 2 tiles, 3 general */
+  int32_t visit_all_tiles;  /* for tests; see gpu.h */
 } FlashEntmaxCOptions;
 
 typedef struct {

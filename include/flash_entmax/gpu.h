@@ -53,6 +53,9 @@ struct AttentionOptions {
   // are computed another way, exactly but more slowly.
   int64_t support_capacity = -1;
   Engine engine = Engine::kAutomatic;
+  // Compute also what kGeneral proves zero before its products: the same result, bit for bit, as
+  // tests check.
+  bool visit_all_tiles = false;
 };
 
 struct AttentionPlan {

@@ -64,6 +64,49 @@ class AddAndNormFunction : public torch::autograd::Function<AddAndNormFunction> 
   }
 };
 
+class EmbedAndNormFunction : public torch::autograd::Function<EmbedAndNormFunction> {
+ public:
+  static variable_list forward(AutogradContext* context, const at::Tensor& tokens_given,
+                               const at::Tensor& embedding_given, const at::Tensor& weight,
+                               double scale) {
+    const at::Tensor tokens = tokens_given.contiguous(), embedding = embedding_given.contiguous();
+    const int64_t rows = tokens.size(0), width = embedding.size(1);
+    const at::Tensor stream = at::empty({rows, width}, embedding.options().dtype(at::kFloat));
+    const at::Tensor normed = at::empty({rows, width}, embedding.options());
+    const at::Tensor inverse = at::empty({rows}, stream.options());
+    Check(Launch(EmbedAndNormForward{tokens.const_data_ptr<int64_t>(), Read(embedding),
+                                     Read(weight), stream.mutable_data_ptr<float>(), Write(normed),
+                                     inverse.mutable_data_ptr<float>(), static_cast<float>(scale),
+                                     rows, width},
+                 Stream()));
+    context->save_for_backward({tokens, stream, weight, inverse});
+    context->saved_data["scale"] = scale;
+    context->saved_data["entries"] = embedding.size(0);
+    return {stream, normed};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &tokens = saved[0], &stream = saved[1];
+    const at::Tensor stream_in = gradients[0].contiguous(), normed_in = gradients[1].contiguous();
+    const int64_t rows = stream.size(0), width = stream.size(1);
+    const at::Tensor row_gradient = at::empty_like(normed_in);
+    const at::Tensor partial = at::empty({kPartialRows, width}, stream.options());
+    Check(Launch(EmbedAndNormBackward{stream.const_data_ptr<float>(), Read(saved[2]),
+                                      saved[3].const_data_ptr<float>(),
+                                      stream_in.const_data_ptr<float>(), Read(normed_in),
+                                      Write(row_gradient), partial.mutable_data_ptr<float>(),
+                                      static_cast<float>(context->saved_data["scale"].toDouble()),
+                                      rows, width},
+                 Stream()));
+    // A product instead of a scatter: deterministic.
+    const at::Tensor one_hot =
+        at::arange(context->saved_data["entries"].toInt(), tokens.options()).unsqueeze(1) == tokens;
+    return {at::Tensor(), at::mm(one_hot.to(row_gradient.scalar_type()), row_gradient),
+            partial.sum(0).to(row_gradient.scalar_type()), at::Tensor()};
+  }
+};
+
 class GatedUnitFunction : public torch::autograd::Function<GatedUnitFunction> {
  public:
   static at::Tensor forward(AutogradContext* context, const at::Tensor& given) {
@@ -126,10 +169,17 @@ class AdaptiveScaleFunction : public torch::autograd::Function<AdaptiveScaleFunc
 
 }  // namespace
 
-bool CanFuse(const at::Tensor& stream, const at::Tensor& update, const at::Tensor& post) {
-  const int64_t chunks = stream.size(1) / 128;
-  return stream.is_cuda() && update.scalar_type() == at::kBFloat16 && post.defined() &&
-         stream.size(1) % 128 == 0 && stream.size(1) <= kMostWidth && chunks != 5 && chunks != 7;
+bool CanFuse(const at::Tensor& rows) {
+  const int64_t width = rows.size(1), chunks = width / 128;
+  return rows.is_cuda() && rows.scalar_type() == at::kBFloat16 && width % 128 == 0 &&
+         width <= kMostWidth && chunks != 5 && chunks != 7;
+}
+
+std::pair<at::Tensor, at::Tensor> EmbedAndNorm(const at::Tensor& tokens,
+                                               const at::Tensor& embedding,
+                                               const at::Tensor& weight, double scale) {
+  const variable_list results = EmbedAndNormFunction::apply(tokens, embedding, weight, scale);
+  return {results[0], results[1]};
 }
 
 std::pair<at::Tensor, at::Tensor> AddAndNorm(const at::Tensor& stream, const at::Tensor& update,

@@ -10,8 +10,13 @@
 
 namespace flash_entmax::lab::cuda {
 
-// True for what AddAndNorm takes: bfloat16 updates on a GPU, a post-norm, a supported width.
-bool CanFuse(const at::Tensor& stream, const at::Tensor& update, const at::Tensor& post);
+// True for what EmbedAndNorm takes as an embedding, and AddAndNorm, with a post-norm, as an update:
+// bfloat16 on a GPU, of a supported width.
+bool CanFuse(const at::Tensor& rows);
+
+std::pair<at::Tensor, at::Tensor> EmbedAndNorm(const at::Tensor& tokens,
+                                               const at::Tensor& embedding,
+                                               const at::Tensor& weight, double scale);
 
 std::pair<at::Tensor, at::Tensor> AddAndNorm(const at::Tensor& stream, const at::Tensor& update,
                                              const at::Tensor& post, const at::Tensor& pre);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "device_lock.h"
 
 namespace flash_entmax::lab::cuda {
 namespace {
@@ -39,6 +40,7 @@ class GraphStepper final : public Stepper {
         tokens_(task.MaxTokens(run.training.max_length) - 1),
         targets_(task.MaxTargets(run.training.max_length)),
         stream_(c10::cuda::getStreamFromPool()) {
+    const DeviceInCompany company;
     for (Chunk& chunk : host_) chunk = Allocate(at::TensorOptions(at::kCPU).pinned_memory(true));
     const at::TensorOptions device(state->parameters.device());
     device_ = Allocate(device);
@@ -63,11 +65,12 @@ class GraphStepper final : public Stepper {
       next_.get();
     }
     const c10::cuda::CUDAStreamGuard guard(stream_);
-    Upload(host_[filled_]);
-    if (!captured_) Capture();
-    counter_.zero_();
-    for (int64_t i = 0; i < count; ++i) graph_.replay();
-    host_results_.copy_(results_, /*non_blocking=*/true);
+    if (!captured_) {
+      const DeviceAlone alone;
+      Upload(host_[filled_]);
+      Capture();
+    }
+    Launch(count);
     // The other buffer's upload has long finished: every chunk ends with a wait.
     filled_ = 1 - filled_;
     next_first_ = first + count;
@@ -89,6 +92,14 @@ class GraphStepper final : public Stepper {
   int64_t preferred_count() const override { return kChunkSteps; }
 
  private:
+  void Launch(int64_t count) {
+    const DeviceInCompany company;
+    Upload(host_[filled_]);
+    counter_.zero_();
+    for (int64_t i = 0; i < count; ++i) graph_.replay();
+    host_results_.copy_(results_, /*non_blocking=*/true);
+  }
+
   Chunk Allocate(const at::TensorOptions& options) const {
     const int64_t batch = run_.training.batch;
     return {at::zeros({kChunkSteps, batch, tokens_}, options.dtype(at::kLong)),
@@ -156,7 +167,7 @@ class GraphStepper final : public Stepper {
     call.clip = static_cast<float>(run_.training.clip);
     call.epsilon = static_cast<float>(kAdamEpsilon);
     call.size = state_->parameters.numel();
-    const cudaError_t error = Launch(call, c10::cuda::getCurrentCUDAStream().stream());
+    const cudaError_t error = cuda::Launch(call, c10::cuda::getCurrentCUDAStream().stream());
     TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
     results_.index_copy_(0, counter_, at::stack({loss.detach(), norm}).unsqueeze(0));
     counter_.add_(1);
@@ -181,7 +192,8 @@ class GraphStepper final : public Stepper {
     restore();
     counter_.zero_();
     stream_.synchronize();
-    graph_.capture_begin();
+    // Of this thread alone: the backward pass, and other runs, have threads of their own.
+    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
     Step();
     graph_.capture_end();
     captured_ = true;

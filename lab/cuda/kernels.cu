@@ -82,14 +82,34 @@ __global__ void AddAndNormForwardKernel(AddAndNormForward a) {
   }
 }
 
+// The block's warps add up their columns, 128 at a time, into row blockIdx.x of `partial`.
+template <int kSums, int kChunks>
+__device__ void StoreColumnSums(const Four (&of_lane)[kSums][kChunks], float* partial,
+                                int64_t width) {
+  __shared__ float sums[kWarps][128];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int which = 0; which < kSums; ++which) {
+    for (int c = 0; c < kChunks; ++c) {
+      __syncthreads();
+      Store(&sums[warp][4 * lane], of_lane[which][c]);
+      __syncthreads();
+      if (threadIdx.x < 128) {
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; ++w) sum += sums[w][threadIdx.x];
+        partial[(static_cast<int64_t>(blockIdx.x) * kSums + which) * width + 128 * c +
+                threadIdx.x] = sum;
+      }
+    }
+  }
+}
+
 // With s' the new stream and n = s'·r·(1 + pre): ds' += r·g − (r³/width)·(g·s')·s' for g = dn·(1 +
 // pre), and the same once more through the norm of the update.
 template <int kChunks>
 __global__ void AddAndNormBackwardKernel(AddAndNormBackward a) {
-  __shared__ float sums[kWarps][128];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr float kInverseWidth = 1.0f / (128 * kChunks);
-  Four post_sum[kChunks] = {}, pre_sum[kChunks] = {};
+  Four column_sums[2][kChunks] = {};  // post, pre
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < a.rows;
        row += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t base = row * a.width + 4 * lane;
@@ -101,7 +121,7 @@ __global__ void AddAndNormBackwardKernel(AddAndNormBackward a) {
       gradient[c] = Load(a.normed_gradient + base + 128 * c);
       const Four weight = Load(a.pre + 4 * lane + 128 * c);
       for (int i = 0; i < 4; ++i) {
-        pre_sum[c].x[i] += gradient[c].x[i] * stream[c].x[i] * inverse_stream;
+        column_sums[1][c].x[i] += gradient[c].x[i] * stream[c].x[i] * inverse_stream;
         gradient[c].x[i] *= 1.0f + weight.x[i];
         dot += gradient[c].x[i] * stream[c].x[i];
       }
@@ -117,7 +137,7 @@ __global__ void AddAndNormBackwardKernel(AddAndNormBackward a) {
         const float total =
             direct.x[i] + inverse_stream * (gradient[c].x[i] - factor * stream[c].x[i]);
         gradient[c].x[i] = total;
-        post_sum[c].x[i] += total * update[c].x[i] * inverse_update;
+        column_sums[0][c].x[i] += total * update[c].x[i] * inverse_update;
         through[c].x[i] = total * (1.0f + weight.x[i]);
         dot += through[c].x[i] * update[c].x[i];
       }
@@ -132,20 +152,69 @@ __global__ void AddAndNormBackwardKernel(AddAndNormBackward a) {
       Store(a.update_gradient + base + 128 * c, result);
     }
   }
-  // The block's warps add up their columns, 128 at a time.
-  for (int which = 0; which < 2; ++which) {
+  StoreColumnSums<2, kChunks>(column_sums, a.partial, a.width);
+}
+
+template <int kChunks>
+__global__ void EmbedAndNormForwardKernel(EmbedAndNormForward a) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= a.rows) return;
+  constexpr float kInverseWidth = 1.0f / (128 * kChunks);
+  const int64_t base = row * a.width + 4 * lane;
+  const __nv_bfloat16* entry = a.embedding + a.tokens[row] * a.width + 4 * lane;
+  Four stream[kChunks];
+  float sum = 0.0f;
+  for (int c = 0; c < kChunks; ++c) {
+    stream[c] = Load(entry + 128 * c);
+    for (int i = 0; i < 4; ++i) {
+      stream[c].x[i] *= a.scale;
+      sum += stream[c].x[i] * stream[c].x[i];
+    }
+    Store(a.stream + base + 128 * c, stream[c]);
+  }
+  const float inverse = rsqrtf(SumOfWarp(sum) * kInverseWidth + kNormEpsilon);
+  for (int c = 0; c < kChunks; ++c) {
+    const Four weight = Load(a.weight + 4 * lane + 128 * c);
+    for (int i = 0; i < 4; ++i) stream[c].x[i] *= inverse * (1.0f + weight.x[i]);
+    Store(a.normed + base + 128 * c, stream[c]);
+  }
+  if (lane == 0) a.inverse[row] = inverse;
+}
+
+template <int kChunks>
+__global__ void EmbedAndNormBackwardKernel(EmbedAndNormBackward a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr float kInverseWidth = 1.0f / (128 * kChunks);
+  Four sums[1][kChunks] = {};
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < a.rows;
+       row += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t base = row * a.width + 4 * lane;
+    const float inverse = a.inverse[row];
+    Four stream[kChunks], gradient[kChunks];
+    float dot = 0.0f;
     for (int c = 0; c < kChunks; ++c) {
-      __syncthreads();
-      Store(&sums[warp][4 * lane], which == 0 ? post_sum[c] : pre_sum[c]);
-      __syncthreads();
-      if (threadIdx.x < 128) {
-        float sum = 0.0f;
-        for (int w = 0; w < kWarps; ++w) sum += sums[w][threadIdx.x];
-        a.partial[(static_cast<int64_t>(blockIdx.x) * 2 + which) * a.width + 128 * c +
-                  threadIdx.x] = sum;
+      stream[c] = Load(a.stream + base + 128 * c);
+      gradient[c] = Load(a.normed_gradient + base + 128 * c);
+      const Four weight = Load(a.weight + 4 * lane + 128 * c);
+      for (int i = 0; i < 4; ++i) {
+        sums[0][c].x[i] += gradient[c].x[i] * stream[c].x[i] * inverse;
+        gradient[c].x[i] *= 1.0f + weight.x[i];
+        dot += gradient[c].x[i] * stream[c].x[i];
       }
     }
+    const float factor = SumOfWarp(dot) * kInverseWidth * inverse * inverse;
+    for (int c = 0; c < kChunks; ++c) {
+      const Four direct = Load(a.stream_gradient + base + 128 * c);
+      Four result;
+      for (int i = 0; i < 4; ++i) {
+        result.x[i] =
+            a.scale * (direct.x[i] + inverse * (gradient[c].x[i] - factor * stream[c].x[i]));
+      }
+      Store(a.row_gradient + base + 128 * c, result);
+    }
   }
+  StoreColumnSums<1, kChunks>(sums, a.partial, a.width);
 }
 
 // gelu(x) ≈ x·(1 + tanh(√(2/π)(x + 0.044715x³)))/2 (Hendrycks & Gimpel 2016), and its derivative.
@@ -248,6 +317,16 @@ void LaunchNorm(const AddAndNormBackward& a, cudaStream_t stream) {
       <<<static_cast<unsigned>(kPartialRows), kThreads, 0, stream>>>(a);
 }
 
+template <int kChunks>
+void LaunchNorm(const EmbedAndNormForward& a, cudaStream_t stream) {
+  EmbedAndNormForwardKernel<kChunks><<<Blocks(a.rows, kWarps), kThreads, 0, stream>>>(a);
+}
+template <int kChunks>
+void LaunchNorm(const EmbedAndNormBackward& a, cudaStream_t stream) {
+  EmbedAndNormBackwardKernel<kChunks>
+      <<<static_cast<unsigned>(kPartialRows), kThreads, 0, stream>>>(a);
+}
+
 template <typename Call>
 cudaError_t DispatchWidth(const Call& a, cudaStream_t stream) {
   if (a.width % 128 != 0) return cudaErrorInvalidValue;
@@ -282,6 +361,13 @@ cudaError_t Launch(const AddAndNormForward& a, cudaStream_t stream) {
   return DispatchWidth(a, stream);
 }
 cudaError_t Launch(const AddAndNormBackward& a, cudaStream_t stream) {
+  return DispatchWidth(a, stream);
+}
+
+cudaError_t Launch(const EmbedAndNormForward& a, cudaStream_t stream) {
+  return DispatchWidth(a, stream);
+}
+cudaError_t Launch(const EmbedAndNormBackward& a, cudaStream_t stream) {
   return DispatchWidth(a, stream);
 }
 

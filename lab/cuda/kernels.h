@@ -49,6 +49,34 @@ struct AddAndNormBackward {
 };
 cudaError_t Launch(const AddAndNormBackward& arguments, cudaStream_t stream);
 
+// layers.h, EmbedAndNorm. inverse: [rows], the reciprocal root mean square for the backward pass.
+struct EmbedAndNormForward {
+  const int64_t* tokens;
+  const __nv_bfloat16* embedding;
+  const __nv_bfloat16* weight;
+  float* stream;
+  __nv_bfloat16* normed;
+  float* inverse;
+  float scale;
+  int64_t rows;
+  int64_t width;
+};
+cudaError_t Launch(const EmbedAndNormForward& arguments, cudaStream_t stream);
+
+struct EmbedAndNormBackward {
+  const float* stream;
+  const __nv_bfloat16* weight;
+  const float* inverse;
+  const float* stream_gradient;
+  const __nv_bfloat16* normed_gradient;
+  __nv_bfloat16* row_gradient;  // of each row's entry of the embedding
+  float* partial;               // [kPartialRows, 1, width]
+  float scale;
+  int64_t rows;
+  int64_t width;
+};
+cudaError_t Launch(const EmbedAndNormBackward& arguments, cudaStream_t stream);
+
 // layers.h, GatedUnit; mlp a multiple of 8. Backward if output_gradient is not null.
 struct GatedUnitCall {
   const __nv_bfloat16* gate_up;          // [rows, 2·mlp]

@@ -145,15 +145,20 @@ TEST(Attention, LinearAttentionIsItsRecurrence) {
   }
 }
 
-TEST(Attention, SoftmaxInBlocksIsSoftmax) {
+TEST(Attention, SoftmaxByHeadsIsSoftmax) {
   SCOPED_TRACE(testing::SeedMessage());
   testing::Random random(5);
-  AttentionInputs inputs = MakeInputs(random, 33, true, true);
-  inputs.fixed_alpha = 1.0;
-  const at::Tensor whole = ComposedSoftmax(inputs);
-  EXPECT_LE(Difference(whole, Composed(inputs, 1.0)), 1e-6);
-  const at::NoGradGuard no_gradient;
-  EXPECT_LE(Difference(ComposedSoftmax(inputs), whole), 1e-6);
+  for (const int64_t length : {1, 33, 300}) {
+    // Slopes 0, 0.25, 0.5, 0.75, then steep ones, whose reach is shorter than the sequence.
+    for (const double factor : {1.0, 40.0}) {
+      AttentionInputs inputs = MakeInputs(random, length, true, true);
+      inputs.slopes = inputs.slopes * factor;
+      inputs.fixed_alpha = 1.0;
+      const at::Tensor whole = ComposedSoftmax(inputs);
+      EXPECT_LE(Difference(whole, Composed(inputs, 1.0)), 1e-6);
+      EXPECT_LE(Difference(SoftmaxByHeads(inputs), whole), 1e-6) << length << " " << factor;
+    }
+  }
 }
 
 }  // namespace

@@ -225,7 +225,7 @@ Status AttentionForward(const AttentionProblem& problem, const AttentionOutputs&
   }
   if (call.Empty()) return Status::Ok();
   if (plan.engine == Engine::kGeneral) {
-    return cuda::ForwardGeneral(call, device, outputs, saved.data);
+    return cuda::ForwardGeneral(call, device, outputs, saved.data, workspace.data);
   }
   return cuda::ForwardHopper(call, device, plan.engine, outputs, saved.data, workspace.data);
 }

@@ -213,6 +213,7 @@ Expected<AttentionCall> ResolveCall(const AttentionProblem& problem,
   call.save = options.save_for_backward;
   call.alpha_gradient = options.alpha_gradient;
   call.support_capacity = options.support_capacity;
+  call.visit_all_tiles = options.visit_all_tiles;
   GeneralProblem& resolved = call.problem;
   resolved.batch = static_cast<int>(problem.query.shape[0]);
   resolved.heads = static_cast<int>(problem.query.shape[1]);

@@ -31,6 +31,7 @@ struct AttentionCall {
   bool save = false;
   bool alpha_gradient = false;
   int64_t support_capacity = -1;
+  bool visit_all_tiles = false;
 
   int64_t Rows() const {
     return static_cast<int64_t>(problem.batch) * problem.heads * problem.queries;

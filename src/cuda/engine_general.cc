@@ -30,17 +30,50 @@ SavedLayout LayOutSaved(const AttentionCall& call, void* base) {
   return layout;
 }
 
-struct WorkspaceLayout {
-  float* alpha_rows = nullptr;
-  float* slope_rows = nullptr;
+// Shorter rows are done before bounds would be.
+constexpr int kShortestBoundedRow = 512;
+
+bool UsesBounds(const GeneralProblem& problem) {
+  return problem.slopes != nullptr && problem.longest_key > kShortestBoundedRow;
+}
+
+float* TakeGroups(const GeneralProblem& problem, bool keys, BufferPieces* pieces) {
+  const int heads = keys ? problem.kv_heads : problem.heads;
+  return pieces->Take<float>(heads * BoundGroups::PerHead(problem, keys));
+}
+
+struct ForwardWorkspace {
+  float* key_norms = nullptr;
   int64_t bytes = 0;
 };
 
-WorkspaceLayout LayOutWorkspace(const AttentionCall& call, void* base) {
+ForwardWorkspace LayOutForward(const AttentionCall& call, void* base) {
   BufferPieces pieces(base);
-  WorkspaceLayout layout;
+  ForwardWorkspace layout;
+  if (UsesBounds(call.problem)) layout.key_norms = TakeGroups(call.problem, true, &pieces);
+  layout.bytes = pieces.bytes();
+  return layout;
+}
+
+struct BackwardWorkspace {
+  float* alpha_rows = nullptr;
+  float* slope_rows = nullptr;
+  float* key_norms = nullptr;
+  float* query_sizes = nullptr;
+  float* lowest_thresholds = nullptr;
+  int64_t bytes = 0;
+};
+
+BackwardWorkspace LayOutBackward(const AttentionCall& call, void* base) {
+  BufferPieces pieces(base);
+  BackwardWorkspace layout;
   if (call.save && call.alpha_gradient) layout.alpha_rows = pieces.Take<float>(call.Rows());
   if (call.save && call.problem.slopes) layout.slope_rows = pieces.Take<float>(call.Rows());
+  if (call.save && UsesBounds(call.problem)) {
+    layout.key_norms = TakeGroups(call.problem, true, &pieces);
+    layout.query_sizes = TakeGroups(call.problem, false, &pieces);
+    layout.lowest_thresholds = TakeGroups(call.problem, false, &pieces);
+  }
   layout.bytes = pieces.bytes();
   return layout;
 }
@@ -72,12 +105,13 @@ Expected<gpu::AttentionPlan> PlanGeneral(const AttentionCall& call) {
   plan.engine = gpu::Engine::kGeneral;
   plan.description = "scores recomputed tile by tile, compute capability 8.0 and later";
   plan.saved_bytes = LayOutSaved(call, nullptr).bytes;
-  plan.backward_bytes = LayOutWorkspace(call, nullptr).bytes;
+  plan.forward_bytes = LayOutForward(call, nullptr).bytes;
+  plan.backward_bytes = LayOutBackward(call, nullptr).bytes;
   return plan;
 }
 
 Status ForwardGeneral(const AttentionCall& call, const DeviceInfo& device,
-                      const gpu::AttentionOutputs& outputs, void* saved) {
+                      const gpu::AttentionOutputs& outputs, void* saved, void* workspace) {
   GeneralForward forward;
   forward.problem = call.problem;
   forward.query = call.query;
@@ -85,6 +119,8 @@ Status ForwardGeneral(const AttentionCall& call, const DeviceInfo& device,
   forward.value = call.value;
   forward.output = ToStrided(outputs.output.view());
   forward.saved = LayOutSaved(call, saved).saved;
+  forward.key_norms = LayOutForward(call, workspace).key_norms;
+  forward.visit_all = call.visit_all_tiles;
   if (outputs.threshold) {
     forward.user_threshold = static_cast<float*>(outputs.threshold.data);
     for (int i = 0; i < 3; ++i) forward.user_threshold_stride[i] = outputs.threshold.strides[i];
@@ -99,7 +135,7 @@ Status ForwardGeneral(const AttentionCall& call, const DeviceInfo& device,
 
 Status BackwardGeneral(const AttentionCall& call, const DeviceInfo& device,
                        const gpu::AttentionGradients& gradients, void* saved, void* workspace) {
-  const WorkspaceLayout layout = LayOutWorkspace(call, workspace);
+  const BackwardWorkspace layout = LayOutBackward(call, workspace);
   GeneralBackward backward;
   backward.problem = call.problem;
   backward.query = call.query;
@@ -110,6 +146,10 @@ Status BackwardGeneral(const AttentionCall& call, const DeviceInfo& device,
   backward.key_gradient = ToStrided(gradients.key.view());
   backward.value_gradient = ToStrided(gradients.value.view());
   backward.saved = LayOutSaved(call, saved).saved;
+  backward.key_norms = layout.key_norms;
+  backward.query_sizes = layout.query_sizes;
+  backward.lowest_thresholds = layout.lowest_thresholds;
+  backward.visit_all = call.visit_all_tiles;
   if (gradients.alpha) backward.alpha_rows = layout.alpha_rows;
   if (gradients.alibi_slopes) backward.slope_rows = layout.slope_rows;
   if (gradients.query_scale) {

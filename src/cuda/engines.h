@@ -9,7 +9,7 @@ namespace flash_entmax::cuda {
 // Compute capability 8.0 and later, every feature (general/).
 Expected<gpu::AttentionPlan> PlanGeneral(const AttentionCall& call);
 Status ForwardGeneral(const AttentionCall& call, const DeviceInfo& device,
-                      const gpu::AttentionOutputs& outputs, void* saved);
+                      const gpu::AttentionOutputs& outputs, void* saved, void* workspace);
 Status BackwardGeneral(const AttentionCall& call, const DeviceInfo& device,
                        const gpu::AttentionGradients& gradients, void* saved, void* workspace);
 

@@ -23,7 +23,7 @@ class OptionsArg(C.Structure):
     _fields_ = [("stream", C.c_void_p), ("save_for_backward", C.c_int32),
                 ("alpha_gradient", C.c_int32), ("max_query_length", C.c_int64),
                 ("max_key_length", C.c_int64), ("support_capacity", C.c_int64),
-                ("engine", C.c_int32)]
+                ("engine", C.c_int32), ("visit_all_tiles", C.c_int32)]
 
 
 class PlanArg(C.Structure):

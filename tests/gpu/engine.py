@@ -56,7 +56,7 @@ class Attention:
                  query_scale=None, causal=False, window=(-1, -1), key_lengths=None, slopes=None,
                  softcap=0.0, cu_query=None, cu_key=None, max_query=0, max_key=0, save=True,
                  alpha_gradient=False, capacity=-1, engine="automatic", key_mask=None, bias=None,
-                 output=None):
+                 output=None, visit_all=False):
         self.library = library
         self.query, self.key, self.value = query, key, value
         self.keep = (alpha_per_head, query_scale, key_lengths, slopes, cu_query, cu_key, key_mask,
@@ -67,7 +67,7 @@ class Attention:
                                       key_mask, bias, slopes, cu_query, cu_key)],
             alpha, math.nan if scale is None else scale, softcap, window[0], window[1], int(causal))
         self.options = OptionsArg(None, int(save), int(alpha_gradient), max_query, max_key,
-                                  capacity, ENGINES[engine])
+                                  capacity, ENGINES[engine], int(visit_all))
         self.plan = PlanArg()
         library.check(library.c.flash_entmax_gpu_plan(C.byref(self.problem), C.byref(self.options),
                                                       C.byref(self.plan)))

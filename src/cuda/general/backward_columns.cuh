@@ -12,7 +12,7 @@
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_COLUMNS_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_COLUMNS_CUH_
 
-#include "general/backward_tiles.cuh"
+#include "general/backward_marks.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -254,6 +254,20 @@ __device__ __forceinline__ bool BackwardColumns(const GeneralBackward& call, int
       CopyAsync4(shared.Threshold(stage) + thread, valid ? row + first + thread : row, valid);
     }
   };
+  // Moves on to the first tile to visit from query `first` of `member` on; member == members if
+  // there is none. Has barriers: all threads call it.
+  const auto find_tile = [&](int& member, int& first) {
+    while (true) {
+      if (first < queries.end) first = NextStreamed<Variant>(shared.Marks(), queries, first);
+      if (first < queries.end || ++member >= members) return;
+      first = queries.first;
+      if constexpr (!Variant::kPlain) {
+        const int head = place.head * problem.group + member;
+        const float order = CurveOf<Variant::kMode>(problem, head).order;
+        MarkStreamed<true, kOwn, kStreamed>(call, place, head, order, shared.Marks());
+      }
+    }
+  };
   const auto load_mean = [&](int member, int first) {
     LoadTile<Element, kHeadDim, kStreamed>(shared.Mean(), WeightedValue<Element>(call),
                                            query_position(member, first, problem.value_dim));
@@ -267,9 +281,11 @@ __device__ __forceinline__ bool BackwardColumns(const GeneralBackward& call, int
                                     key_position(part.keys, problem.head_dim));
   LoadTile<Element, kHeadDim, kOwn>(shared.Own(1), call.value,
                                     key_position(part.keys, problem.value_dim));
-  if (members > 0) {
-    load_streamed(0, queries.first, 0);
-    load_mean(0, queries.first);
+  int member = -1, first = queries.end;
+  find_tile(member, first);
+  if (member < members) {
+    load_streamed(member, first, 0);
+    load_mean(member, first);
   }
   CommitCopies();
   KeyRows<Variant> rows(call, place, place.first + own_row, column, gradient_scale);
@@ -278,16 +294,13 @@ __device__ __forceinline__ bool BackwardColumns(const GeneralBackward& call, int
   const typename Variant::Own key(shared.Own(0), own_row);
   const typename Variant::Own value(shared.Own(1), own_row);
 
-  int stage = 0, first = queries.first;
+  int stage = 0;
 #pragma unroll 1
-  for (int member = 0; member < members;) {
+  while (member < members) {
     WaitCopies<0>();
     __syncthreads();  // The tile is here, and nobody reads the other stage any more.
     int next_member = member, next_first = first + kStreamed;
-    if (next_first >= queries.end) {
-      next_first = queries.first;
-      ++next_member;
-    }
+    find_tile(next_member, next_first);
     const bool more = next_member < members;
     if (Shape::kStages == 2 && more) load_streamed(next_member, next_first, stage ^ 1);
 

@@ -7,6 +7,7 @@
 #include "general/backward_columns.cuh"
 #include "general/backward_rows.cuh"
 #include "general/launch.h"
+#include "general/prepare_bounds.h"
 
 namespace flash_entmax::cuda {
 namespace {
@@ -117,6 +118,17 @@ cudaError_t LaunchGeneralBackward(const GeneralBackward& call, int /*multiproces
   const BackwardGrid grid{static_cast<int>(units), static_cast<int>(key_tiles),
                           static_cast<int>(query_tiles)};
   const int count = static_cast<int>(blocks);
+  if (call.key_norms != nullptr) {
+    const PrepareBounds bounds{problem,
+                               call.key,
+                               call.key_norms,
+                               call.query,
+                               call.saved.threshold,
+                               call.query_sizes,
+                               call.lowest_thresholds};
+    const cudaError_t error = LaunchPrepareBounds<Element>(bounds, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (!problem.alpha_per_head && problem.alpha == 1.5f) {
     return LaunchMode<Element, kHeadDim, Alpha::kOneAndHalf>(call, grid, count, stream);
   }

@@ -20,7 +20,8 @@
 //
 // Memory: each side reads its own tile once and the streamed tiles once a block, the latter from
 // the L2 cache, as blocks of one head lie next to each other in the grid; each gradient is written
-// once. Streamed tiles come by asynchronous copies, the next while the present one is used.
+// once. Streamed tiles come by asynchronous copies, the next while the present one is used. In
+// heads with an ALiBi slope only those are streamed that are not proved zero (backward_marks.cuh).
 //
 // NaN and infinities. Where a pair has weight zero, its tile still multiplies that zero by what the
 // streamed row holds, and 0 * NaN is NaN. Blocks therefore look at their sums at the end; if one is
@@ -32,7 +33,7 @@
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_ROWS_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_BACKWARD_ROWS_CUH_
 
-#include "general/backward_tiles.cuh"
+#include "general/backward_marks.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -321,7 +322,15 @@ __device__ __forceinline__ bool BackwardRows(const GeneralBackward& call, int he
                                     query_position(problem.value_dim));
   LoadTile<Element, kHeadDim, kOwn>(shared.OwnMean(), WeightedValue<Element>(call),
                                     query_position(problem.value_dim));
-  if (keys.first < keys.end) load_streamed(keys.first, 0);
+  int first = keys.end;
+  if (keys.first < keys.end) {
+    if constexpr (!Variant::kPlain) {
+      const float order = CurveOf<Variant::kMode>(problem, head).order;
+      MarkStreamed<false, kOwn, kStreamed>(call, place, head, order, shared.Marks());
+    }
+    first = NextStreamed<Variant>(shared.Marks(), keys, keys.first);
+    if (first < keys.end) load_streamed(first, 0);
+  }
   CommitCopies();
   QueryRows<Variant> rows(call, place, place.first + own_row, column, gradient_scale);
   WaitCopies<0>();
@@ -338,16 +347,12 @@ __device__ __forceinline__ bool BackwardRows(const GeneralBackward& call, int he
 
   int stage = 0;
 #pragma unroll 1
-  for (int first = keys.first; first < keys.end; first += kStreamed) {
-    if (Shape::kStages == 1 && first > keys.first) {
-      __syncthreads();
-      load_streamed(first, 0);
-    }
+  while (first < keys.end) {
     WaitCopies<0>();
     __syncthreads();  // The tile is here, and nobody reads the other stage any more.
-    if (Shape::kStages == 2 && first + kStreamed < keys.end) {
-      load_streamed(first + kStreamed, stage ^ 1);
-    }
+    int next = first + kStreamed;
+    if (next < keys.end) next = NextStreamed<Variant>(shared.Marks(), keys, next);
+    if (Shape::kStages == 2 && next < keys.end) load_streamed(next, stage ^ 1);
     if constexpr (Variant::kCareful) {
       if (threadIdx.x < kStreamed) shared.KeyIsFinite()[threadIdx.x] = 1.0f;
       __syncthreads();
@@ -356,7 +361,13 @@ __device__ __forceinline__ bool BackwardRows(const GeneralBackward& call, int he
     }
     rows.Add(query, gradient, shared.Streamed(stage, 0), shared.Streamed(stage, 1),
              shared.KeyIsFinite(), first);
-    if (Shape::kStages == 2) stage ^= 1;
+    if (Shape::kStages == 2) {
+      stage ^= 1;
+    } else if (next < keys.end) {
+      __syncthreads();
+      load_streamed(next, 0);
+    }
+    first = next;
   }
 
   if constexpr (!Variant::kPlain) {

@@ -10,6 +10,7 @@
 #include "general/mma.cuh"
 #include "general/problem.h"
 #include "general/score.cuh"
+#include "general/tile_bounds.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -104,6 +105,15 @@ struct BlockPlace {
   }
 };
 
+// Which streamed tiles matter (backward_marks.cuh). In shared memory.
+struct StreamedMarks {
+  static constexpr int kMarks = 4096;
+
+  uint32_t words[kMarks / 32];
+  MarkedRange range;
+  int shift;
+};
+
 // Dynamic shared memory of a block, in this order.
 template <class Element, int kHeadDim>
 struct BackwardShared {
@@ -112,7 +122,8 @@ struct BackwardShared {
   static constexpr int kOwn = Shape::kOwnRows, kStreamed = Shape::kStreamedRows;
   static constexpr int kRows = 2 * kOwn + (2 * Shape::kStages + 1) * kStreamed;
   static constexpr int kBytes =
-      Tile::Bytes(kRows) + static_cast<int>(4 * kStreamed * sizeof(float) + sizeof(BlockPlace));
+      Tile::Bytes(kRows) +
+      static_cast<int>(4 * kStreamed * sizeof(float) + sizeof(BlockPlace) + sizeof(StreamedMarks));
   static_assert(kBytes <= 99 * 1024);
 
   Element* data;
@@ -140,6 +151,9 @@ struct BackwardShared {
 
   __device__ __forceinline__ BlockPlace& Place() const {
     return *reinterpret_cast<BlockPlace*>(Scalars(4));
+  }
+  __device__ __forceinline__ StreamedMarks& Marks() const {
+    return *reinterpret_cast<StreamedMarks*>(&Place() + 1);
   }
 
  private:

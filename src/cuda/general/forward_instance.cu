@@ -6,6 +6,7 @@
 #include "general/forward_short.cuh"
 #include "general/forward_short_sweeps.cuh"
 #include "general/forward_tiled.cuh"
+#include "general/prepare_bounds.h"
 
 namespace flash_entmax::cuda {
 namespace forward {
@@ -119,10 +120,10 @@ ShortPlan PlanShort(const GeneralProblem& problem, int split, int max_threads,
 }
 
 // Runs the short kernel if it can; otherwise *launched stays false.
-template <class Element, int kHeadDim, int kSplit, bool kFast>
+template <class Element, int kHeadDim, int kSplit, bool kFast, int kHeldBlocks = 8>
 cudaError_t TryShort(const GeneralForward& call, const SharedLimits& limits, int multiprocessors,
                      cudaStream_t stream, bool* launched) {
-  using Shape = ShortShape<Element, kHeadDim, kSplit>;
+  using Shape = ShortShape<Element, kHeadDim, kSplit, kHeldBlocks>;
   // Where not even the fewest keys that come here would fit, the kernel is not compiled.
   constexpr int kFewestKeys = kSplit == 1 ? 0 : Shape::kCapacity / 2;
   constexpr size_t kMostShared = 227 * 1024;
@@ -136,8 +137,9 @@ cudaError_t TryShort(const GeneralForward& call, const SharedLimits& limits, int
     if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
     plan.tiles = static_cast<int>(tiles);
     *launched = true;
-    return Launch(ShortForwardKernel<Element, kHeadDim, kSplit, kFast>, tiles * call.problem.heads,
-                  32 * kSplit * plan.teams, Shape::Bytes(plan), stream, call, plan);
+    return Launch(ShortForwardKernel<Element, kHeadDim, kSplit, kFast, kHeldBlocks>,
+                  tiles * call.problem.heads, 32 * kSplit * plan.teams, Shape::Bytes(plan), stream,
+                  call, plan);
   }
 }
 
@@ -211,7 +213,13 @@ cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaS
     return TryShort<Element, kHeadDim, kSplit, kFast>(call, limits, multiprocessors, stream,
                                                       &launched);
   };
-  if (keys <= 128) {
+  if (sizeof(Element) == 2 && kHeadDim == 32 && kFast && keys <= 96) {
+    // Fewer scores to hold, so more warps a multiprocessor. The most common short rows only.
+    if constexpr (sizeof(Element) == 2 && kHeadDim == 32 && kFast) {
+      error = TryShort<Element, kHeadDim, 1, kFast, 6>(call, limits, multiprocessors, stream,
+                                                       &launched);
+    }
+  } else if (keys <= 128) {
     error = try_short.template operator()<1>();
   } else if constexpr (sizeof(Element) == 2 && kHeadDim <= 64) {
     error = TrySweep<Element, kHeadDim, kFast>(call, limits, multiprocessors, stream, &launched);
@@ -224,6 +232,14 @@ cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaS
   using Shape = TiledShape<Element, kHeadDim>;
   const int64_t tiles = call.problem.QueryTiles(Shape::kRows);
   if (tiles > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (call.key_norms != nullptr) {
+    PrepareBounds norms;
+    norms.problem = call.problem;
+    norms.key = call.key;
+    norms.key_norms = call.key_norms;
+    error = LaunchPrepareBounds<Element>(norms, stream);
+    if (error != cudaSuccess) return error;
+  }
   return Launch(TiledForwardKernel<Element, kHeadDim, kFast>, tiles * call.problem.heads,
                 Shape::kThreads, Shape::kBytes, stream, call, static_cast<int>(tiles));
 }

@@ -3,9 +3,9 @@
 // A block owns up to a few hundred queries of one head and works through them in stages of a few
 // strips of 16. Per strip:
 //   1. S = Q.K^T on tensor cores, kept in registers in fp32 to the end. One warp has up to 128
-//      keys; longer rows are split over 2 or 4 warps that take blocks of 16 keys in turn, so that
-//      a causal row keeps all of them equally busy. Blocks that no row of the strip sees are left
-//      out;
+//      keys (a form for up to 96 lets more warps live on a multiprocessor); longer rows are split
+//      over 2 or 4 warps that take blocks of 16 keys in turn, so that a causal row keeps all of
+//      them equally busy. Blocks that no row of the strip sees are left out;
 //   2. the threshold, by Newton from the left on the registers. Split rows start from the
 //      threshold of the maxima of 16 or 32 disjoint groups of keys, which is a lower bound close to
 //      the row's own. One pass over the scores lists the few that are above it in shared memory,
@@ -25,11 +25,12 @@
 
 namespace flash_entmax::cuda::forward {
 
-template <class Element, int kHeadDim, int kSplit, bool kFast>
-__global__ void __launch_bounds__((ShortShape<Element, kHeadDim, kSplit>::MaxThreads(kFast)), 1)
+template <class Element, int kHeadDim, int kSplit, bool kFast, int kHeldBlocks>
+__global__ void __launch_bounds__(
+    (ShortShape<Element, kHeadDim, kSplit, kHeldBlocks>::MaxThreads(kFast)), 1)
     ShortForwardKernel(const __grid_constant__ GeneralForward call,
                        const __grid_constant__ ShortPlan plan) {
-  using Shape = ShortShape<Element, kHeadDim, kSplit>;
+  using Shape = ShortShape<Element, kHeadDim, kSplit, kHeldBlocks>;
   using Tile = SharedTile<Element, kHeadDim>;
   const GeneralProblem& problem = call.problem;
   const int head = blockIdx.x / plan.tiles;
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__((ShortShape<Element, kHeadDim, kSplit>::MaxThr
   const int block_warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
   const int team_index = block_warp / kSplit;
   const AlphaCurve curve = AlphaCurve::Of(problem, head);
-  ShortStrip<Element, kHeadDim, kSplit, kFast> strip{call, part,       teams[team_index],  curve,
-                                                     head, team_index, block_warp % kSplit};
+  ShortStrip<Element, kHeadDim, kSplit, kFast, kHeldBlocks> strip{
+      call, part, teams[team_index], curve, head, team_index, block_warp % kSplit};
   strip.end_row = end_row;
   strip.coefficient = kFast ? curve.order * problem.scale : 1.0f;
   strip.inverse_coefficient = kFast ? 1.0f / strip.coefficient : 1.0f;

@@ -18,13 +18,15 @@ struct ShortPlan {
   FLASH_ENTMAX_HOST_DEVICE int BlockRows() const { return stages * stage_rows; }
 };
 
-template <class Element, int kHeadDim, int kSplit>
+// kSplit: warps that share a strip. kHeldBlocks: of 16 keys, that one warp holds.
+template <class Element, int kHeadDim, int kSplit, int kHeldBlocks = 8>
 struct ShortShape {
-  static constexpr int kBlocks = 8;  // blocks of 16 keys that one warp holds
+  static constexpr int kBlocks = kHeldBlocks;
   static constexpr int kCapacity = 16 * kBlocks * kSplit;
   static constexpr int kTurns = 2;  // strips a team has in a stage
-  // Threads of a block, at most: sets the registers of a thread, 128 or 168.
+  // Threads of a block, at most: sets the registers of a thread, 96, 128 or 168.
   static constexpr int MaxThreads(bool fast) {
+    if (kBlocks < 8) return 640;
     return kSplit > 1 || (fast && sizeof(Element) == 2) ? 512 : 384;
   }
   // Output columns whose sums a warp has at a time.

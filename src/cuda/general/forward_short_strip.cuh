@@ -9,10 +9,10 @@ namespace flash_entmax::cuda::forward {
 
 // One strip of queries and the team of warps that works on it. kFast: alpha = 1.5, and z is a
 // positive multiple of the dot product.
-template <class Element, int kHeadDim, int kSplit, bool kFast>
+template <class Element, int kHeadDim, int kSplit, bool kFast, int kHeldBlocks>
 struct ShortStrip {
   using M = Mma<Element>;
-  using Shape = ShortShape<Element, kHeadDim, kSplit>;
+  using Shape = ShortShape<Element, kHeadDim, kSplit, kHeldBlocks>;
   using Tile = SharedTile<Element, kHeadDim>;
   using Team = typename Shape::Team;
   static constexpr int kBlocks = Shape::kBlocks;

@@ -11,7 +11,8 @@
 //               Newton to the exact threshold. Where a list is too long, every step sweeps over the
 //               scores instead;
 //   3. output   O = P.V over the blocks of 16 keys in which something was listed, and with a
-//               backward to come once more for the mean of V under u = p^(2 - alpha).
+//               backward to come the mean of V under u = p^(2 - alpha), from the same scores and
+//               values.
 // Nothing passes between warps, so there are two barriers a block: keys arrived, values arrived.
 // 32 queries instead of 16 halve what is read from shared memory, which would limit the kernel.
 // Memory traffic: each query is read once, each output row written once; keys and values are read
@@ -19,7 +20,7 @@
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_CUH_
 
-#include "general/forward_short_sweeps_strip.cuh"
+#include "general/forward_short_sweeps_product.cuh"
 
 namespace flash_entmax::cuda::forward {
 
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
 
   const AlphaCurve curve = AlphaCurve::Of(problem, head);
   const float coefficient = kFast ? curve.order * problem.scale : 1.0f;
-  SweepStrip<Element, kHeadDim, kFast> strip{
-      call, part, curve, head, own, coefficient, 1.0f / coefficient};
+  SweepProduct<Element, kHeadDim, kFast> strip{
+      {call, part, curve, head, own, coefficient, 1.0f / coefficient}};
   strip.end_row = end_row;
   WaitCopies<1>();
   __syncthreads();  // Queries and keys are there.
@@ -96,10 +97,7 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
       WaitCopies<0>();
       __syncthreads();  // Values are there.
     }
-    if (needed) {
-      strip.template StoreProduct<false>();
-      if (call.saved.weighted_value) strip.template StoreProduct<true>();
-    }
+    if (needed) strip.StoreResults();
   }
 }
 

@@ -1,97 +1,12 @@
-// What one warp of the sweeping short forward kernel does with its 32 queries: scores, threshold,
-// products, stores. forward_short_sweeps.cuh has the algorithm and the kernel.
+// What one warp of the sweeping short forward kernel does with its 32 queries to find their
+// thresholds. forward_short_sweeps.cuh has the algorithm and the kernel,
+// forward_short_sweeps_product.cuh the third sweep.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_STRIP_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_STRIP_CUH_
 
-#include "general/forward_common.cuh"
+#include "general/forward_short_sweeps_shape.cuh"
 
 namespace flash_entmax::cuda::forward {
-
-// Rows of 32 or 64 elements of 16 bits in shared memory without padding. The 16-byte pieces of a
-// row are permuted, so that eight rows of ldmatrix, and accumulators stored by a warp, meet no bank
-// conflicts. Rows and pieces that differ by an exclusive or have addresses that differ by one, if
-// the tile starts at a multiple of 128 bytes.
-template <class Element, int kColumns>
-struct SwizzledTile {
-  static_assert(sizeof(Element) == 2 && (kColumns == 32 || kColumns == 64));
-  static constexpr int kPieces = kColumns / 8;
-  static constexpr int kRowBytes = 2 * kColumns;
-
-  Element* data;
-
-  __device__ __forceinline__ Element* At(int row, int column) const {
-    const int piece = (column / 8) ^ (row / (8 / kPieces) % kPieces);
-    return data + row * kColumns + piece * 8 + column % 8;
-  }
-};
-
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-template <bool kTransposed>
-__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-  }
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-__device__ __forceinline__ float LoadShared(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-// Within a few units in the last place.
-__device__ __forceinline__ float SquareRoot(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
-// The same number; what is computed from it is computed here. The compiler would otherwise take
-// addresses out of the loop over strips, and they would occupy registers through all sweeps.
-__device__ __forceinline__ int ComputeHere(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-// How a launch of the sweeping kernel covers the problem.
-struct SweepPlan {
-  int warps = 0;     // of a block
-  int turns = 1;     // strips of 32 queries for each warp
-  int key_rows = 0;  // keys in shared memory, at most
-  int tiles = 0;     // blocks a head
-
-  FLASH_ENTMAX_HOST_DEVICE int BlockRows() const { return 32 * warps * turns; }
-};
-
-template <int kHeadDim>
-struct SweepShape {
-  static constexpr int kStrips = 2;  // of 16 queries, that a warp works on together
-  static constexpr int kQueries = kStripRows * kStrips;
-  static constexpr int kMostBlocks = 32;  // of 16 keys that a strip sees: the bits of a word
-  // Registers of a thread: 128, or 168 where the sums of an output row take more of them.
-  static constexpr int kMaxThreads = kHeadDim == 32 ? 256 : 384;
-  static constexpr int kMinBlocks = kHeadDim == 32 ? 2 : 1;
-  // Keys that a thread can list for two rows together, and entries of one row that it can hold.
-  static constexpr int kSlots = 24;
-  static constexpr int kHeld = 16;
-  // Of a warp: its lists; before and after them its queries and output rows.
-  static constexpr int kWarpBytes = kStrips * kSlots * 32 * static_cast<int>(sizeof(float));
-  static_assert(kWarpBytes >= kQueries * kHeadDim * 2 && kWarpBytes % 128 == 0);
-
-  static constexpr size_t Bytes(const SweepPlan& plan) {
-    return static_cast<size_t>(2 * plan.key_rows) * kHeadDim * 2 +
-           static_cast<size_t>(plan.warps) * kWarpBytes;
-  }
-};
 
 // A warp's 32 queries. A thread has four of the rows, lane / 4 + 8 i; `i` always counts these.
 // kFast: alpha = 1.5, and z is a positive multiple of the dot product.
@@ -103,8 +18,6 @@ struct SweepStrip {
   static constexpr int kStrips = Shape::kStrips;
   static constexpr int kRows = 2 * kStrips;
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr int kTiles = kHeadDim / 8;  // accumulators of the output of 16 queries
-  static constexpr int kSums = kStrips * kTiles;
   static constexpr int kGroups = 8;  // of a row's keys, for each thread: a maximum each
 
   const GeneralForward& call;
@@ -172,18 +85,20 @@ struct SweepStrip {
     __syncwarp();  // The lists may take the place of the queries.
   }
 
-  // Scores of 16 keys: z, or what it is proportional to; -inf for hidden keys.
-  __device__ __forceinline__ void ComputeScores(int block, float (&score)[kStrips][2][4]) const {
+  // Scores of 16 keys, for strips of 16 queries from number kFirst on: z, or what it is
+  // proportional to; -inf for hidden keys.
+  template <int kFirst = 0, int kCount>
+  __device__ __forceinline__ void ComputeScores(int block, float (&score)[kCount][2][4]) const {
 #pragma unroll
-    for (int e = 0; e < 8 * kStrips; ++e) score[e / 8][e / 4 % 2][e % 4] = 0.0f;
+    for (int e = 0; e < 8 * kCount; ++e) score[e / 8][e / 4 % 2][e % 4] = 0.0f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t x[4];
       LoadMatrices<false>((key_address ^ (step * 32)) + block * 16 * Tile::kRowBytes, x);
 #pragma unroll
-      for (int strip = 0; strip < kStrips; ++strip) {
-        M::Multiply(query[strip][step], {x[0], x[1]}, score[strip][0]);
-        M::Multiply(query[strip][step], {x[2], x[3]}, score[strip][1]);
+      for (int strip = 0; strip < kCount; ++strip) {
+        M::Multiply(query[kFirst + strip][step], {x[0], x[1]}, score[strip][0]);
+        M::Multiply(query[kFirst + strip][step], {x[2], x[3]}, score[strip][1]);
       }
     }
     const int first = 16 * block;
@@ -191,8 +106,8 @@ struct SweepStrip {
       const int key = first_key + first + Lane() % 4 * 2;
       const float slope = call.problem.slopes ? call.problem.slopes[head] : 0.0f;
 #pragma unroll
-      for (int e = 0; e < 8 * kStrips; ++e) {
-        const int i = e / 8 * 2 + e / 2 % 2;
+      for (int e = 0; e < 8 * kCount; ++e) {
+        const int i = 2 * kFirst + e / 8 * 2 + e / 2 % 2;
         const RowScore rule{factor[i], curve.order, call.problem.softcap, slope,
                             Row(i) + part.keys - part.queries};
         float& s = score[e / 8][e / 4 % 2][e % 4];
@@ -201,8 +116,8 @@ struct SweepStrip {
     }
     if (first + 16 > clear_end) {
 #pragma unroll
-      for (int e = 0; e < 8 * kStrips; ++e) {
-        if (e / 4 % 2 * 8 + e % 2 >= end[e / 8 * 2 + e / 2 % 2] - first) {
+      for (int e = 0; e < 8 * kCount; ++e) {
+        if (e / 4 % 2 * 8 + e % 2 >= end[2 * kFirst + e / 8 * 2 + e / 2 % 2] - first) {
           score[e / 8][e / 4 % 2][e % 4] = -INFINITY;
         }
       }
@@ -210,8 +125,9 @@ struct SweepStrip {
     if (first < clear_first) {
       const int key = first_key + first + Lane() % 4 * 2;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int first_seen = KeyRange::Of(call.problem, part, Row(i)).first - key;
+      for (int i = 0; i < 2 * kCount; ++i) {
+        const int row = Row(2 * kFirst + i);
+        const int first_seen = KeyRange::Of(call.problem, part, row).first - key;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           if (e / 2 * 8 + e % 2 < first_seen) score[i / 2][e / 2][i % 2 * 2 + e % 2] = -INFINITY;
@@ -221,11 +137,11 @@ struct SweepStrip {
   }
 
   // Calls body(score, i) for all scores of a block; i is a constant.
-  template <class Body>
-  static __device__ __forceinline__ void ForScores(float (&score)[kStrips][2][4], Body body) {
+  template <int kFirst = 0, int kCount, class Body>
+  static __device__ __forceinline__ void ForScores(float (&score)[kCount][2][4], Body body) {
 #pragma unroll
-    for (int e = 0; e < 8 * kStrips; ++e) {
-      body(score[e / 8][e / 4 % 2][e % 4], e / 8 * 2 + e / 2 % 2);
+    for (int e = 0; e < 8 * kCount; ++e) {
+      body(score[e / 8][e / 4 % 2][e % 4], 2 * kFirst + e / 8 * 2 + e / 2 % 2);
     }
   }
 
@@ -447,122 +363,6 @@ struct SweepStrip {
       if (!Advance(4 * most, mass, slope)) break;
     }
     return true;
-  }
-
-  // Third sweep, over the blocks that matter: sums of weight * V; weights are p, or u for the
-  // weighted mean. `slope`: sum of u. Plain: Values::kAll.
-  template <bool kMean, bool kPlain>
-  __device__ __forceinline__ void AddValues(Values values, float (&sums)[kSums][4],
-                                            float (&slope)[kRows]) {
-    if (kPlain) values = Values::kAll;
-#pragma unroll
-    for (int i = 0; i < 4 * kSums; ++i) sums[i / 4][i % 4] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) slope[i] = 0.0f;
-#pragma unroll 1
-    for (uint32_t left = hits; left != 0; left &= left - 1) {
-      const int block = __ffs(left) - 1;
-      float weight[kStrips][2][4];
-      ComputeScores(block, weight);
-      WithCurve([&](const auto& weights) {
-        ForScores(weight, [&](float& s, int i) {
-          const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
-          float p = excess * excess, u = excess;
-          if constexpr (!kFast) weights.Of(excess, &p, &u);
-          if constexpr (kMean) slope[i] += u;
-          s = M::kWeightScale * (kMean ? u : p);
-        });
-      });
-      typename M::A a[kStrips];
-#pragma unroll
-      for (int strip = 0; strip < kStrips; ++strip) {
-        if constexpr (!kPlain) SelectWeights(values, weight[strip]);
-        a[strip] = M::FromAccumulators(weight[strip][0], weight[strip][1]);
-      }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; tile += 2) {
-        uint32_t x[4];
-        LoadMatrices<true>((value_address ^ (tile * 16)) + block * 16 * Tile::kRowBytes, x);
-        typename M::B low{x[0], x[1]}, high{x[2], x[3]};
-        if (values != Values::kAll) {
-          SelectValues<Element>(values, &low);
-          SelectValues<Element>(values, &high);
-        }
-#pragma unroll
-        for (int strip = 0; strip < kStrips; ++strip) {
-          M::Multiply(a[strip], low, sums[strip * kTiles + tile]);
-          M::Multiply(a[strip], high, sums[strip * kTiles + tile + 1]);
-        }
-      }
-    }
-  }
-
-  // Output rows and thresholds, or rows of the weighted mean.
-  template <bool kMean>
-  __device__ __forceinline__ void StoreProduct() {
-    float sums[kSums][4], slope[kRows];
-    AddValues<kMean, true>(Values::kAll, sums, slope);
-    InfiniteSums<4 * kSums> infinite;
-    const bool redo = __any_sync(kWarp, InfiniteSums<4 * kSums>::AnyNotFinite(sums));
-    Values values = infinite.Next(Values::kAll, redo, sums);
-#pragma unroll 1
-    while (values != Values::kAll) {
-      AddValues<kMean, false>(values, sums, slope);
-      values = infinite.Next(values, redo, sums);
-    }
-
-    // Rows pass through the warp's shared memory, which makes their stores wide.
-    const int lane = ComputeHere(Lane());
-    const Tile rows{reinterpret_cast<Element*>(own)};
-    __syncwarp();  // The warp may still be reading lists, or the rows of the other result.
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      float scale = 1.0f / M::kWeightScale;
-      if constexpr (kMean) {
-        const float total = QuadSum(slope[i]);
-        scale = total > 0.0f ? __fdividef(scale, total) : 0.0f;
-      }
-      const float tau = fmaf(coefficient, maximum[i], threshold[i]);
-      const KeyRange range = KeyRange::Of(call.problem, part, Row(i));
-      const bool empty = range.end <= range.first;
-      if (!empty && isnan(tau)) scale = NAN;
-      if (!kMean && lane % 4 == 0 && Row(i) < end_row) {
-        StoreThreshold(call, part.batch, head, part.first_query + Row(i), empty ? NAN : tau);
-      }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const float* const pair = &sums[i / 2 * kTiles + tile][i % 2 * 2];
-        *reinterpret_cast<uint32_t*>(rows.At(lane / 4 + 8 * i, 8 * tile + lane % 4 * 2)) =
-            M::Pack(pair[0] * scale, pair[1] * scale);
-      }
-    }
-    __syncwarp();
-    StoreRows(rows, ResultRows<Element>::Of(call, kMean, part.batch, head));
-  }
-
-  // Four columns of a row for each lane at a time.
-  __device__ __forceinline__ void StoreRows(const Tile& rows,
-                                            const ResultRows<Element>& result) const {
-    constexpr int kPieces = kHeadDim / 4, kRowsAtOnce = 32 / kPieces;
-    const int lane = ComputeHere(Lane());
-    const int column = lane % kPieces * 4;
-    const int columns = call.problem.value_dim;
-#pragma unroll 4
-    for (int first = 0; first < Shape::kQueries; first += kRowsAtOnce) {
-      const int row = first + lane / kPieces;
-      const Element* const source = rows.At(row, column);
-      if (first_row + row >= end_row) continue;
-      Element* const destination =
-          result.data + (part.first_query + first_row + row) * result.row_stride;
-      if (result.vectors && column + 4 <= columns) {
-        *reinterpret_cast<uint2*>(destination + column) = *reinterpret_cast<const uint2*>(source);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (column + e < columns) destination[(column + e) * result.column_stride] = source[e];
-        }
-      }
-    }
   }
 };
 

@@ -11,137 +11,18 @@
 //               u = p^(2 - alpha).
 // Every pass of the second kind marks the tiles in which some row has a key above its threshold.
 // Thresholds only rise, so a tile without such a key is zero for good and no later pass loads it.
+// In a head with an ALiBi slope pass 1 begins with the tiles around the diagonal. They give every
+// row a bound, with which most other tiles are proved zero before their product (tile_bounds.cuh):
+// what remains is as wide as the slope reaches, however long the row is.
 // Memory traffic per block: queries once, keys 4 to 6 times (tiles proved zero: twice or less) and
 // values once or twice, mostly from L2; each output row is written once. Blocks of one head run
 // side by side, those with the most keys first.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_TILED_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_TILED_CUH_
 
-#include "general/forward_common.cuh"
+#include "general/forward_key_tiles.cuh"
 
 namespace flash_entmax::cuda::forward {
-
-template <class Element, int kHeadDim>
-struct TiledShape {
-  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Element));
-  static constexpr int kTileKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
-  static constexpr int kWarps = kRowBytes <= 512 ? 4 : 2;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = kStripRows * kWarps;
-  // Blocks a multiprocessor that registers should allow.
-  static constexpr int MinBlocks(bool fast) {
-    return kRowBytes <= 64 ? 4 : kRowBytes <= 128 || (kRowBytes <= 256 && fast) ? 3 : 2;
-  }
-  static constexpr int kSlots = 3;
-  static constexpr int kMarks = 4096;  // bits that say which tiles still matter
-  static constexpr int kBytes =
-      SharedTile<Element, kHeadDim>::Bytes(kRows + kSlots * kTileKeys) + 2 * kMarks / 8;
-  static_assert(kBytes <= 99 * 1024);  // what every device has
-};
-
-// The tiles of keys that a block sees and that may hold a positive probability, and the ring
-// through which they pass. All threads of the block make the same calls.
-template <class Element, int kHeadDim>
-struct KeyTiles {
-  using Shape = TiledShape<Element, kHeadDim>;
-  using Tile = SharedTile<Element, kHeadDim>;
-  static constexpr int kTileKeys = Shape::kTileKeys;
-  static constexpr int kWords = Shape::kMarks / 32;
-
-  const GeneralForward& call;
-  const Element* key;  // first row of the sequence
-  const Element* value;
-  int keys;         // rows of the sequence
-  Tile ring;        // kSlots tiles
-  uint32_t* marks;  // two sets: which tiles the present pass visits, which ones the next
-  int first;        // first tile; the others are counted from it
-  int count;
-  int shift;  // a mark stands for 2^shift tiles
-
-  int set = 0;  // of marks that this pass reads
-  // What is copied next.
-  bool with_values = false, is_value = false;
-  int next = 0;
-  int copied = 0, taken = 0;  // slots of the ring
-
-  __device__ __forceinline__ void SeeKeys(int first_key, int end_key) {
-    first = first_key / kTileKeys;
-    count = end_key > first_key ? (end_key + kTileKeys - 1) / kTileKeys - first : 0;
-    shift = 0;
-    while (count >> shift > Shape::kMarks - 1) ++shift;
-    for (int i = threadIdx.x; i < kWords; i += Shape::kThreads) marks[i] = ~0u;
-  }
-
-  __device__ __forceinline__ int FirstKey(int tile) const { return (first + tile) * kTileKeys; }
-
-  // The first tile from `tile` on that this pass visits; `count` if there is none.
-  __device__ __forceinline__ int Find(int tile) const {
-    while (tile < count) {
-      int mark = tile >> shift;
-      const uint32_t word = marks[set * kWords + mark / 32] >> (mark % 32);
-      if (word & 1) return tile;
-      mark = word != 0 ? mark + __ffs(word) - 1 : (mark / 32 + 1) * 32;
-      tile = mark << shift;
-    }
-    return count;
-  }
-
-  // Passes after this one visit the tiles that were kept in this one.
-  __device__ __forceinline__ void StartMarking() {
-    for (int i = threadIdx.x; i < kWords; i += Shape::kThreads) marks[(set ^ 1) * kWords + i] = 0;
-  }
-  __device__ __forceinline__ void Keep(int tile) {
-    const int mark = tile >> shift;
-    atomicOr(&marks[(set ^ 1) * kWords + mark / 32], 1u << (mark % 32));
-  }
-  __device__ __forceinline__ void FinishMarking() { set ^= 1; }
-
-  __device__ __forceinline__ void CopyNext() {
-    if (next < count) {
-      const GeneralProblem& problem = call.problem;
-      const StridedTensor& tensor = is_value ? call.value : call.key;
-      LoadSharedTile<Element, kHeadDim, kTileKeys, Shape::kThreads>(
-          Tile{ring.At(copied * kTileKeys, 0)}, is_value ? value : key, tensor.row, tensor.column,
-          FirstKey(next), keys, is_value ? problem.value_dim : problem.head_dim, tensor.vectors);
-      is_value = with_values && !is_value;
-      if (!is_value) next = Find(next + 1);
-    }
-    CommitCopies();
-    copied = copied == Shape::kSlots - 1 ? 0 : copied + 1;
-  }
-
-  // The next tile has arrived. The slot of the tile before it, which all warps are done with now,
-  // is filled again.
-  __device__ __forceinline__ Tile Take() {
-    WaitCopies<Shape::kSlots - 2>();
-    __syncthreads();
-    CopyNext();
-    const Tile tile{ring.At(taken * kTileKeys, 0)};
-    taken = taken == Shape::kSlots - 1 ? 0 : taken + 1;
-    return tile;
-  }
-
-  // One pass: look_keys(tile, keys), and with values look_values(values) after it.
-  template <class LookKeys, class LookValues>
-  __device__ __forceinline__ void Visit(LookKeys look_keys, bool values, LookValues look_values) {
-    with_values = values;
-    is_value = false;
-    next = Find(0);
-    for (int i = 0; i < Shape::kSlots - 1; ++i) CopyNext();
-#pragma unroll 1
-    for (int tile = Find(0); tile < count; tile = Find(tile + 1)) {
-      look_keys(tile, Take());
-      if (values) look_values(Take());
-    }
-    // Copies that were started for nothing are empty, so the ring may go on where it is; but it
-    // must be the same slot for both ends.
-    copied = taken;
-  }
-  template <class LookKeys>
-  __device__ __forceinline__ void Visit(LookKeys look_keys) {
-    Visit(look_keys, false, [](const Tile&) {});
-  }
-};
 
 // A warp's strip of queries. kFast: alpha = 1.5, and z is a positive multiple of the dot product.
 template <class Element, int kHeadDim, bool kFast>
@@ -160,9 +41,10 @@ struct TiledStrip {
   const SequencePart& part;
   AlphaCurve curve;
   int head;
-  Tile query;     // of the block
-  int query_row;  // the strip's first row of it
-  int row;        // the thread's first row, in the sequence; the other one is row + 8
+  Tile query;          // of the block
+  int query_row;       // the strip's first row of it
+  int first_of_block;  // the block's first row, in the sequence
+  int row;             // the thread's first row, in the sequence; the other one is row + 8
 
   KeyRange range[2];           // of the thread's rows
   int first_key, end_key;      // keys that some row of the strip sees
@@ -195,6 +77,14 @@ struct TiledStrip {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) held[step] = M::LoadRowsA(query, query_row, step);
     }
+  }
+
+  // Positions of the block's rows.
+  __device__ __forceinline__ int FirstPosition() const {
+    return first_of_block + part.keys - part.queries;
+  }
+  __device__ __forceinline__ int LastPosition() const {
+    return min(FirstPosition() + Shape::kRows, part.keys) - 1;
   }
 
   __device__ __forceinline__ bool Sees(int first) const {
@@ -308,25 +198,59 @@ struct TiledStrip {
     float group[2][kGroups];
 #pragma unroll
     for (int g = 0; g < 2 * kGroups; ++g) group[g / kGroups][g % kGroups] = -INFINITY;
-    keys.Visit([&](int tile, const Tile& key) {
-      if (!Sees(keys.FirstKey(tile))) return;
-      float score[kTiles][4];
-      ComputeScores(key, keys.FirstKey(tile), score);
+    // Ranges are found again where they are needed: registers are short in the loops.
+    const bool skips = !kFast && call.key_norms != nullptr && keys.count > 0 &&
+                       ScoreBound::Of(call.problem, curve.order, head).Skips();
+    MarkedRange left{keys.begin, keys.end};
+    if (skips) {
+      const MarkedRange near = keys.NearDiagonal(FirstPosition(), LastPosition());
+      keys.begin = near.begin;
+      keys.end = near.end;
+    }
+    // All tiles; or those near the diagonal, then of what is left the ones before and after them.
+#pragma unroll 1
+    for (int part_of_pass = 0;; ++part_of_pass) {
+      keys.Visit([&](int tile, const Tile& key) {
+        if (!Sees(keys.FirstKey(tile))) return;
+        float score[kTiles][4];
+        ComputeScores(key, keys.FirstKey(tile), score);
 #pragma unroll
-      for (int e = 0; e < 4 * kTiles; ++e) {
-        float& largest = group[e / 2 % 2][(e / 4 * 2 + e % 2) % kGroups];
-        largest = MaxKeepNan(largest, score[e / 4][e % 4]);
+        for (int e = 0; e < 4 * kTiles; ++e) {
+          float& largest = group[e / 2 % 2][(e / 4 * 2 + e % 2) % kGroups];
+          largest = MaxKeepNan(largest, score[e / 4][e % 4]);
+        }
+      });
+      if (part_of_pass == 1) {
+        const MarkedRange near = keys.NearDiagonal(FirstPosition(), LastPosition());
+        keys.begin = max(near.end, left.begin);
+        keys.end = left.end;
+        continue;
       }
-    });
+      SolveGroups(group, part_of_pass == 0);
+      if constexpr (kFast) break;
+      if (!skips || part_of_pass == 2) break;
+      left = MarkPossible(keys);
+      keys.begin = left.begin;
+      keys.end = min(keys.NearDiagonal(FirstPosition(), LastPosition()).begin, left.end);
+    }
+    keys.begin = left.begin;
+    keys.end = left.end;
+  }
+
+  // Largest score so far, and Newton on the maxima of the groups. What an earlier call found is a
+  // bound still, in units of the new maximum. A key below it counts nothing here, so that it makes
+  // no difference whether its tile was left out: see kBoundMargin.
+  __device__ __forceinline__ void SolveGroups(const float (&group)[2][kGroups], bool first) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      maximum[i] = group[i][0];
+      float largest = group[i][0];
 #pragma unroll
-      for (int g = 1; g < kGroups; ++g) maximum[i] = MaxKeepNan(maximum[i], group[i][g]);
-      maximum[i] = QuadMax(maximum[i]);
-      threshold[i] = -1.0f;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) group[i][g] -= maximum[i];
+      for (int g = 1; g < kGroups; ++g) largest = MaxKeepNan(largest, group[i][g]);
+      largest = QuadMax(largest);
+      // A threshold that is not a number yields to -1.
+      threshold[i] =
+          first ? -1.0f : fmaxf(coefficient * (maximum[i] - largest) + threshold[i], -1.0f);
+      maximum[i] = largest;
     }
 #pragma unroll 1
     for (int pass = 0; pass < 8; ++pass) {
@@ -337,7 +261,8 @@ struct TiledStrip {
           float mass = 0.0f, slope = 0.0f;
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) {
-            AddKey(weights, Excess(coefficient, group[i][g], threshold[i]), &mass, &slope);
+            AddKey(weights, Excess(coefficient, group[i][g] - maximum[i], threshold[i]), &mass,
+                   &slope);
           }
           const float delta = weights.Step(QuadSum(mass), QuadSum(slope));
           threshold[i] += delta;
@@ -347,6 +272,41 @@ struct TiledStrip {
       // A bound need not be sharp. Every iterate from the left is one.
       if (!__any_sync(kWarp, moved)) break;
     }
+  }
+
+  // Takes the marks off tiles whose keys all lie at least kBoundMargin below the bounds that
+  // SolveGroups found for the rows of the block; returns the range that is left. The margin is what
+  // rounding may take from a threshold in all later steps, with much to spare.
+  static constexpr float kBoundMargin = 0x1p-16f;
+  __device__ __forceinline__ MarkedRange MarkPossible(KeyTiles<Element, kHeadDim>& keys) const {
+    float size = 0.0f, lowest = INFINITY;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const Element* const elements = query.At(query_row + lane / 4 + 8 * i, lane % 4 * 2);
+      float squares = 0.0f;
+#pragma unroll 4
+      for (int column = 0; column < kHeadDim; column += 8) {
+        const float x = static_cast<float>(elements[column]);
+        const float y = static_cast<float>(elements[column + 1]);
+        squares = fmaf(x, x, fmaf(y, y, squares));
+      }
+      squares = QuadSum(squares);
+      if (range[i].end <= range[i].first) continue;
+      const float own_size = fabsf(rule[i].factor) * NormBound(squares, kQueryNormSlack);
+      const float own_bound = __fadd_rd(maximum[i], threshold[i] - kBoundMargin);
+      size = fmaxf(size, isnan(own_size) ? INFINITY : own_size);
+      lowest = fminf(lowest, isnan(own_bound) ? -INFINITY : own_bound);
+    }
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      size = fmaxf(size, __shfl_xor_sync(kWarp, size, step));
+      lowest = fminf(lowest, __shfl_xor_sync(kWarp, lowest, step));
+    }
+    const float* const norms =
+        call.key_norms + BoundGroups::Of(call.problem, part, head / call.problem.group, true);
+    return keys.MarkPossible(ScoreBound::Of(call.problem, curve.order, head), size, lowest,
+                             FirstPosition(), LastPosition(), norms);
   }
 
   // From scores to weights times kWeightScale: p, or u for the mean.
@@ -469,8 +429,8 @@ __global__ void __launch_bounds__((TiledShape<Element, kHeadDim>::kThreads),
   __syncthreads();
 
   const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  TiledStrip<Element, kHeadDim, kFast> strip{call, part,  AlphaCurve::Of(problem, head),
-                                             head, query, warp * kStripRows};
+  TiledStrip<Element, kHeadDim, kFast> strip{
+      call, part, AlphaCurve::Of(problem, head), head, query, warp * kStripRows, place.first};
   strip.Place(place.first + warp * kStripRows);
   strip.Solve(keys);
 #pragma unroll 1

@@ -16,6 +16,11 @@ struct GeneralForward {
   float* user_threshold = nullptr;  // optional [batch, heads, queries]: tau in z = (alpha - 1) s;
                                     // NaN for rows without keys
   int64_t user_threshold_stride[3] = {};
+  // Workspace for the largest norm of each group of keys, BoundGroups::PerHead a key head; null:
+  // no tile is skipped. Used by rows that are too long for the short kernels.
+  float* key_norms = nullptr;
+  // Compute what is proved zero too: the same result, for tests.
+  bool visit_all = false;
 };
 
 // Optional results are null.
@@ -29,6 +34,11 @@ struct GeneralBackward {
   float* alpha_rows = nullptr;
   float* slope_rows = nullptr;
   float* query_scale_rows = nullptr;
+  // Workspace as in the forward, and for the queries; all null or none.
+  float* key_norms = nullptr;
+  float* query_sizes = nullptr;        // largest |scale query_scale| |q| of each group
+  float* lowest_thresholds = nullptr;  // -inf where nothing may be skipped
+  bool visit_all = false;
 };
 
 // `multiprocessors`: of the current device. Errors of the launch are returned, nothing

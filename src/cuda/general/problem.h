@@ -74,10 +74,33 @@ struct GeneralProblem {
 // The part of the problem that a tile lies in: one sequence.
 struct SequencePart {
   int batch = 0;
+  int sequence = 0;     // its number; `batch` without packing
   int first_query = 0;  // row of the query tensor
   int first_key = 0;
   int queries = 0;
   int keys = 0;  // visible ones: key_lengths applied
+};
+
+// Numbers from which the kernels prove tiles zero before their product (tile_bounds.cuh), one for
+// each group of kRows rows, counted within a sequence.
+struct BoundGroups {
+  static constexpr int kRows = 64;
+
+  // Of the rows of one head. Where a sequence's groups start: at Of(...), see there.
+  static FLASH_ENTMAX_HOST_DEVICE int64_t PerHead(const GeneralProblem& problem, bool keys) {
+    return keys ? problem.KeyTiles(kRows) : problem.QueryTiles(kRows);
+  }
+  // The first group of a sequence for a head (keys: a key head). Packed sequences start at group
+  // row / kRows + number: each is at least as far from the one before as that one has groups.
+  static FLASH_ENTMAX_HOST_DEVICE int64_t Of(const GeneralProblem& problem,
+                                             const SequencePart& part, int head, bool keys) {
+    const int64_t groups = PerHead(problem, keys);
+    if (problem.cu_query != nullptr) {
+      return head * groups + (keys ? part.first_key : part.first_query) / kRows + part.sequence;
+    }
+    const int heads = keys ? problem.kv_heads : problem.heads;
+    return (static_cast<int64_t>(part.batch) * heads + head) * (groups / problem.batch);
+  }
 };
 
 // What the forward keeps for the backward. Rows are (batch * heads) x queries.

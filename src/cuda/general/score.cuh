@@ -91,6 +91,7 @@ __device__ __forceinline__ int Clamp(int value, int low, int high) {
 
 __device__ __forceinline__ SequencePart PartOf(const GeneralProblem& problem, int sequence) {
   SequencePart part;
+  part.sequence = sequence;
   if (problem.cu_query) {
     part.first_query = Clamp(problem.cu_query[sequence], 0, problem.queries);
     part.first_key = Clamp(problem.cu_key[sequence], 0, problem.keys);

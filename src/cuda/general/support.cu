@@ -181,7 +181,7 @@ __global__ void __launch_bounds__((forward::TiledShape<Element, kHeadDim>::kThre
 
   const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
   const AlphaCurve curve = AlphaCurve::Of(problem, head);
-  Strip strip{call, part, curve, head, query, warp * kStripRows};
+  Strip strip{call, part, curve, head, query, warp * kStripRows, place.first};
   strip.Place(place.first + warp * kStripRows);
 
   int64_t row[2];

@@ -1,0 +1,235 @@
+// The third sweep of the short forward kernel: output rows, rows of the weighted mean of V, stores.
+// forward_short_sweeps.cuh has the algorithm and the kernel.
+#ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_PRODUCT_CUH_
+#define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_PRODUCT_CUH_
+
+#include "general/forward_short_sweeps_strip.cuh"
+
+namespace flash_entmax::cuda::forward {
+
+template <class Element, int kHeadDim, bool kFast>
+struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
+  using Strip = SweepStrip<Element, kHeadDim, kFast>;
+  using M = Mma<Element>;
+  using Shape = SweepShape<kHeadDim>;
+  using Tile = SwizzledTile<Element, kHeadDim>;
+  using Strip::call;
+  using Strip::coefficient;
+  using Strip::curve;
+  using Strip::end_row;
+  using Strip::first_row;
+  using Strip::head;
+  using Strip::hits;
+  using Strip::Lane;
+  using Strip::maximum;
+  using Strip::own;
+  using Strip::part;
+  using Strip::Row;
+  using Strip::threshold;
+  using Strip::value_address;
+  static constexpr int kRows = Strip::kRows;
+  static constexpr int kTiles = kHeadDim / 8;  // accumulators of the output of 16 queries
+  static constexpr int kSums = Shape::kStrips * kTiles;
+  // Strips of 16 queries whose two results have room in registers.
+  static constexpr int kTogether = kHeadDim == 32 && kFast ? 2 : 1;
+
+  // Output rows, thresholds, and with a backward to come rows of the weighted mean.
+  __device__ __forceinline__ void StoreResults() {
+    if (call.saved.weighted_value != nullptr) {
+      bool finite = StoreBoth<0>();
+      if constexpr (kTogether < Shape::kStrips) finite = StoreBoth<1>() && finite;
+      if (finite) return;
+    }
+    // One result after the other: for values that are not finite, or if only one is wanted.
+    StoreProduct<false>();
+    if (call.saved.weighted_value != nullptr) StoreProduct<true>();
+  }
+
+  // Both results of kTogether strips from number kFirst on. False, in all lanes, if a sum is not
+  // finite; then what was stored is to be replaced.
+  template <int kFirst>
+  __device__ __forceinline__ bool StoreBoth() {
+    float output[kTogether * kTiles][4], mean[kTogether * kTiles][4], slope[2 * kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * kTogether * kTiles; ++i) {
+      output[i / 4][i % 4] = 0.0f;
+      mean[i / 4][i % 4] = 0.0f;
+    }
+#pragma unroll 1
+    for (uint32_t left = hits; left != 0; left &= left - 1) {
+      const int block = __ffs(left) - 1;
+      float score[kTogether][2][4];
+      this->template ComputeScores<kFirst>(block, score);
+      typename M::A p[kTogether], u[kTogether];
+#pragma unroll
+      for (int strip = 0; strip < kTogether; ++strip) {
+        float other[2][4];
+        this->WithCurve([&](const auto& weights) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const int own_i = 2 * strip + e / 2 % 2, i = 2 * kFirst + own_i;
+            float& s = score[strip][e / 4][e % 4];
+            const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
+            float own_p = excess * excess, own_u = excess;
+            if constexpr (!kFast) weights.Of(excess, &own_p, &own_u);
+            slope[own_i] += own_u;
+            s = M::kWeightScale * own_p;
+            other[e / 4][e % 4] = M::kWeightScale * own_u;
+          }
+        });
+        p[strip] = M::FromAccumulators(score[strip][0], score[strip][1]);
+        u[strip] = M::FromAccumulators(other[0], other[1]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile += 2) {
+        uint32_t x[4];
+        LoadMatrices<true>((value_address ^ (tile * 16)) + block * 16 * Tile::kRowBytes, x);
+#pragma unroll
+        for (int strip = 0; strip < kTogether; ++strip) {
+          const int sum = strip * kTiles + tile;
+          M::Multiply(p[strip], {x[0], x[1]}, output[sum]);
+          M::Multiply(p[strip], {x[2], x[3]}, output[sum + 1]);
+          M::Multiply(u[strip], {x[0], x[1]}, mean[sum]);
+          M::Multiply(u[strip], {x[2], x[3]}, mean[sum + 1]);
+        }
+      }
+    }
+    using Sums = InfiniteSums<4 * kTogether * kTiles>;
+    const bool finite = !__any_sync(kWarp, Sums::AnyNotFinite(output) || Sums::AnyNotFinite(mean));
+    if (!finite) return false;
+    Store<false, kFirst>(output, slope);
+    Store<true, kFirst>(mean, slope);
+    return true;
+  }
+
+  // One result, over the blocks that matter: sums of weight * V; weights are p, or u for the
+  // weighted mean. `slope`: sum of u. Plain: Values::kAll.
+  template <bool kMean, bool kPlain>
+  __device__ __forceinline__ void AddValues(Values values, float (&sums)[kSums][4],
+                                            float (&slope)[kRows]) {
+    if (kPlain) values = Values::kAll;
+#pragma unroll
+    for (int i = 0; i < 4 * kSums; ++i) sums[i / 4][i % 4] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) slope[i] = 0.0f;
+#pragma unroll 1
+    for (uint32_t left = hits; left != 0; left &= left - 1) {
+      const int block = __ffs(left) - 1;
+      float weight[Shape::kStrips][2][4];
+      this->ComputeScores(block, weight);
+      this->WithCurve([&](const auto& weights) {
+        Strip::ForScores(weight, [&](float& s, int i) {
+          const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
+          float p = excess * excess, u = excess;
+          if constexpr (!kFast) weights.Of(excess, &p, &u);
+          if constexpr (kMean) slope[i] += u;
+          s = M::kWeightScale * (kMean ? u : p);
+        });
+      });
+      typename M::A a[Shape::kStrips];
+#pragma unroll
+      for (int strip = 0; strip < Shape::kStrips; ++strip) {
+        if constexpr (!kPlain) SelectWeights(values, weight[strip]);
+        a[strip] = M::FromAccumulators(weight[strip][0], weight[strip][1]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile += 2) {
+        uint32_t x[4];
+        LoadMatrices<true>((value_address ^ (tile * 16)) + block * 16 * Tile::kRowBytes, x);
+        typename M::B low{x[0], x[1]}, high{x[2], x[3]};
+        if (values != Values::kAll) {
+          SelectValues<Element>(values, &low);
+          SelectValues<Element>(values, &high);
+        }
+#pragma unroll
+        for (int strip = 0; strip < Shape::kStrips; ++strip) {
+          M::Multiply(a[strip], low, sums[strip * kTiles + tile]);
+          M::Multiply(a[strip], high, sums[strip * kTiles + tile + 1]);
+        }
+      }
+    }
+  }
+
+  // Output rows and thresholds, or rows of the weighted mean.
+  template <bool kMean>
+  __device__ __forceinline__ void StoreProduct() {
+    float sums[kSums][4], slope[kRows];
+    AddValues<kMean, true>(Values::kAll, sums, slope);
+    InfiniteSums<4 * kSums> infinite;
+    const bool redo = __any_sync(kWarp, InfiniteSums<4 * kSums>::AnyNotFinite(sums));
+    Values values = infinite.Next(Values::kAll, redo, sums);
+#pragma unroll 1
+    while (values != Values::kAll) {
+      AddValues<kMean, false>(values, sums, slope);
+      values = infinite.Next(values, redo, sums);
+    }
+
+    Store<kMean, 0>(sums, slope);
+  }
+
+  // Stores one result of some strips from number kFirst on.
+  template <bool kMean, int kFirst, int kCount>
+  __device__ __forceinline__ void Store(const float (&sums)[kCount][4],
+                                        const float (&slope)[2 * kCount / kTiles]) const {
+    // Rows pass through the warp's shared memory, which makes their stores wide.
+    const int lane = ComputeHere(Lane());
+    const Tile rows{reinterpret_cast<Element*>(own)};
+    __syncwarp();  // The warp may still be reading lists, or the rows of the other result.
+#pragma unroll
+    for (int own_i = 0; own_i < 2 * kCount / kTiles; ++own_i) {
+      const int i = 2 * kFirst + own_i;
+      float scale = 1.0f / M::kWeightScale;
+      if constexpr (kMean) {
+        const float total = QuadSum(slope[own_i]);
+        scale = total > 0.0f ? __fdividef(scale, total) : 0.0f;
+      }
+      const float tau = fmaf(coefficient, maximum[i], threshold[i]);
+      const KeyRange range = KeyRange::Of(call.problem, part, Row(i));
+      const bool empty = range.end <= range.first;
+      if (!empty && isnan(tau)) scale = NAN;
+      if (!kMean && lane % 4 == 0 && Row(i) < end_row) {
+        StoreThreshold(call, part.batch, head, part.first_query + Row(i), empty ? NAN : tau);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float* const pair = &sums[own_i / 2 * kTiles + tile][i % 2 * 2];
+        *reinterpret_cast<uint32_t*>(rows.At(lane / 4 + 8 * i, 8 * tile + lane % 4 * 2)) =
+            M::Pack(pair[0] * scale, pair[1] * scale);
+      }
+    }
+    __syncwarp();
+    constexpr int kFirstRow = kFirst * kStripRows;
+    StoreRows<kFirstRow, kFirstRow + kCount / kTiles * kStripRows>(
+        rows, ResultRows<Element>::Of(call, kMean, part.batch, head));
+  }
+
+  // Rows [kBegin, kEnd) of the warp, four columns of a row for each lane at a time.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void StoreRows(const Tile& rows,
+                                            const ResultRows<Element>& result) const {
+    constexpr int kPieces = kHeadDim / 4, kRowsAtOnce = 32 / kPieces;
+    const int lane = ComputeHere(Lane());
+    const int column = lane % kPieces * 4;
+    const int columns = call.problem.value_dim;
+#pragma unroll 4
+    for (int first = kBegin; first < kEnd; first += kRowsAtOnce) {
+      const int row = first + lane / kPieces;
+      const Element* const source = rows.At(row, column);
+      if (first_row + row >= end_row) continue;
+      Element* const destination =
+          result.data + (part.first_query + first_row + row) * result.row_stride;
+      if (result.vectors && column + 4 <= columns) {
+        *reinterpret_cast<uint2*>(destination + column) = *reinterpret_cast<const uint2*>(source);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (column + e < columns) destination[(column + e) * result.column_stride] = source[e];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash_entmax::cuda::forward
+
+#endif  // FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_PRODUCT_CUH_

@@ -1,0 +1,98 @@
+// Tiles in shared memory, plan and sizes of the sweeping short forward kernel.
+// forward_short_sweeps.cuh has the algorithm.
+#ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_SHAPE_CUH_
+#define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_SHAPE_CUH_
+
+#include "general/forward_common.cuh"
+
+namespace flash_entmax::cuda::forward {
+
+// Rows of 32 or 64 elements of 16 bits in shared memory without padding. The 16-byte pieces of a
+// row are permuted, so that eight rows of ldmatrix, and accumulators stored by a warp, meet no bank
+// conflicts. Rows and pieces that differ by an exclusive or have addresses that differ by one, if
+// the tile starts at a multiple of 128 bytes.
+template <class Element, int kColumns>
+struct SwizzledTile {
+  static_assert(sizeof(Element) == 2 && (kColumns == 32 || kColumns == 64));
+  static constexpr int kPieces = kColumns / 8;
+  static constexpr int kRowBytes = 2 * kColumns;
+
+  Element* data;
+
+  __device__ __forceinline__ Element* At(int row, int column) const {
+    const int piece = (column / 8) ^ (row / (8 / kPieces) % kPieces);
+    return data + row * kColumns + piece * 8 + column % 8;
+  }
+};
+
+// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+template <bool kTransposed>
+__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address));
+  }
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ float LoadShared(uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// Within a few units in the last place.
+__device__ __forceinline__ float SquareRoot(float x) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// The same number; what is computed from it is computed here. The compiler would otherwise take
+// addresses out of the loop over strips, and they would occupy registers through all sweeps.
+__device__ __forceinline__ int ComputeHere(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// How a launch of the sweeping kernel covers the problem.
+struct SweepPlan {
+  int warps = 0;     // of a block
+  int turns = 1;     // strips of 32 queries for each warp
+  int key_rows = 0;  // keys in shared memory, at most
+  int tiles = 0;     // blocks a head
+
+  FLASH_ENTMAX_HOST_DEVICE int BlockRows() const { return 32 * warps * turns; }
+};
+
+template <int kHeadDim>
+struct SweepShape {
+  static constexpr int kStrips = 2;  // of 16 queries, that a warp works on together
+  static constexpr int kQueries = kStripRows * kStrips;
+  static constexpr int kMostBlocks = 32;  // of 16 keys that a strip sees: the bits of a word
+  // Registers of a thread: 128, or 168 where the sums of an output row take more of them.
+  static constexpr int kMaxThreads = kHeadDim == 32 ? 256 : 384;
+  static constexpr int kMinBlocks = kHeadDim == 32 ? 2 : 1;
+  // Keys that a thread can list for two rows together, and entries of one row that it can hold.
+  static constexpr int kSlots = 24;
+  static constexpr int kHeld = 16;
+  // Of a warp: its lists; before and after them its queries and output rows.
+  static constexpr int kWarpBytes = kStrips * kSlots * 32 * static_cast<int>(sizeof(float));
+  static_assert(kWarpBytes >= kQueries * kHeadDim * 2 && kWarpBytes % 128 == 0);
+
+  static constexpr size_t Bytes(const SweepPlan& plan) {
+    return static_cast<size_t>(2 * plan.key_rows) * kHeadDim * 2 +
+           static_cast<size_t>(plan.warps) * kWarpBytes;
+  }
+};
+
+}  // namespace flash_entmax::cuda::forward
+
+#endif  // FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_SHAPE_CUH_
