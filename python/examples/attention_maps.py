@@ -2,7 +2,7 @@
 
     python python/examples/attention_maps.py attention_maps.png
 
-White is a weight of exactly zero.
+White is a weight of exactly zero. Needs matplotlib.
 """
 
 from __future__ import annotations
