@@ -5,8 +5,8 @@
 //
 // Which of the engine's kernels run follows from shapes, types and features alone, never from
 // strides or addresses: tensors that the special kernels cannot read are copied. The backward pass
-// may be given other copies of the inputs than the forward pass (torch.compile makes such), and must
-// read what that one kept.
+// may be given other copies of the inputs than the forward pass (torch.compile makes such), and
+// must read what that one kept.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -192,8 +192,8 @@ AttentionGradientTensors Backward(FLASH_ENTMAX_PARAMETERS, Tensor grad, Tensor s
       torch::stable::copy_(first[i].result, first[i].target);
     }
   }
-  return {first[0].result,            first[1].result, first[2].result, grad_alpha,
-          nothing(ScalarType::Float), grad_slopes,     grad_scale};
+  return {first[0].result, first[1].result, first[2].result, grad_alpha, nothing(ScalarType::Float),
+          grad_slopes,     grad_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> Support(FLASH_ENTMAX_PARAMETERS) {

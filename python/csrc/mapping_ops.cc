@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -23,7 +25,8 @@ MappingOptions Options(int64_t kind, double parameter, const std::optional<Tenso
     options.alpha = parameter;
   }
   options.alpha_per_row = View("alpha", alpha);
-  options.dim = static_cast<int>(dim);
+  options.dim = static_cast<int>(
+      std::clamp<int64_t>(dim, std::numeric_limits<int>::min(), std::numeric_limits<int>::max()));
   return options;
 }
 

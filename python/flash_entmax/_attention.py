@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from ._checks import (
     autocast_dtype,
     check_device,
     check_floating,
+    check_int,
     check_integer,
     check_mask,
     check_number,
     check_same,
+    is_dense,
 )
 from ._library import operators, statistics_type
 
@@ -43,14 +46,6 @@ def _per_head(name: str, value: Tensor, query: Tensor, heads: int) -> Tensor:
         raise ValueError(f"{name}: got shape {list(value.shape)}; must be [] or [{heads}]")
     value = value.to(statistics_type(query.dtype))
     return value.expand(heads) if value.dim() == 0 else value
-
-
-def _optional_int(name: str, value: Any) -> Any:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
-    ):
-        raise TypeError(f"{name}: got {type(value).__name__}; must be an int or None")
-    return value
 
 
 def _expand(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -135,10 +130,13 @@ def _arguments(
     if (
         not isinstance(query, Tensor)
         or query.dtype not in FLOATS
+        or not is_dense(query)
         or not isinstance(key, Tensor)
         or not isinstance(value, Tensor)
         or key.dtype != query.dtype
         or value.dtype != query.dtype
+        or not is_dense(key)
+        or not is_dense(value)
         or key.device != query.device
         or value.device != query.device
     ):
@@ -165,8 +163,9 @@ def _arguments(
     if scale is not None:
         scale = check_number("scale", scale)
     if window_left is not None or window_right is not None:
-        _optional_int("window_left", window_left)
-        _optional_int("window_right", window_right)
+        for name, window in (("window_left", window_left), ("window_right", window_right)):
+            if window is not None:
+                check_int(name, window)
     if key_lengths is not None:
         key_lengths = check_integer("key_lengths", key_lengths, "query", query)
     if key_mask is not None:
@@ -349,6 +348,9 @@ def attention_varlen(
 ) -> Tensor:
     """:func:`attention` over sequences of different lengths, packed one after the other.
 
+    Parameters that are not described here are those of :func:`attention`; positions count within
+    each sequence.
+
     Parameters
     ----------
     query, key, value : Tensor
@@ -362,8 +364,6 @@ def attention_varlen(
     query_scale : Tensor, optional
         Broadcastable to [heads, query_tokens].
 
-    The others are those of :func:`attention`; positions count within each sequence.
-
     Returns
     -------
     Tensor
@@ -376,8 +376,7 @@ def attention_varlen(
         ("max_query_length", max_query_length),
         ("max_key_length", max_key_length),
     ):
-        _optional_int(name, length)
-        if length is None or length < 0:
+        if check_int(name, length) < 0:
             raise ValueError(f"{name}: got {length}; must be ≥ 0 (0 if unknown)")
     if query_scale is not None:
         query_scale = check_floating("query_scale", query_scale).unsqueeze(0)
@@ -445,6 +444,10 @@ def support(
                 "every key)"
             )
         arguments = _check_cuda(arguments)
+    if query.device.type == "meta":
+        raise NotImplementedError(
+            "query: got a tensor on meta; the size of the support depends on the numbers"
+        )
     with torch.no_grad():
         return AttentionSupport(*_library.call(operators.attention_support, *arguments))
 
@@ -471,13 +474,15 @@ def attention_weights(query: Tensor, key: Tensor, *, dense: bool = False, **opti
     keys = key.shape[length_at]
     rows = batch * heads * length
     if not dense:
-        return torch.sparse_csr_tensor(
-            result.row_offsets,
-            result.key_index.long(),
-            result.probability,
-            (rows, keys),
-            check_invariants=False,
-        )
+        with warnings.catch_warnings():  # That PyTorch calls such tensors a beta.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                result.row_offsets,
+                result.key_index.long(),
+                result.probability,
+                (rows, keys),
+                check_invariants=False,
+            )
     weights = result.probability.new_zeros(rows * keys)
     row = torch.repeat_interleave(result.row_offsets.diff())
     weights[row * keys + result.key_index] = result.probability

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,20 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def check_floating(name: str, tensor: object) -> Tensor:
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def check_dense(name: str, tensor: object) -> Tensor:
     tensor = check_tensor(name, tensor)
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {tensor.layout}; must be torch.strided")
+    if not is_dense(tensor):
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: got {got}; must be a dense tensor (torch.strided)")
+    return tensor
+
+
+def check_floating(name: str, tensor: object) -> Tensor:
+    tensor = check_dense(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name}: got {tensor.dtype}; must be float32, bfloat16, float16 or float64"
@@ -43,7 +55,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_integer(name: str, tensor: object, other_name: str, other: Tensor) -> Tensor:
-    tensor = check_tensor(name, tensor)
+    tensor = check_dense(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got {tensor.dtype}; must be int32 or int64")
     check_device(name, tensor, other_name, other)
@@ -51,7 +63,7 @@ def check_integer(name: str, tensor: object, other_name: str, other: Tensor) -> 
 
 
 def check_mask(name: str, tensor: object, other_name: str, other: Tensor) -> Tensor:
-    tensor = check_tensor(name, tensor)
+    tensor = check_dense(name, tensor)
     if tensor.dtype not in (torch.bool, torch.uint8):
         raise TypeError(f"{name}: got {tensor.dtype}; must be bool or uint8 (False or 0 hides)")
     check_device(name, tensor, other_name, other)
@@ -63,7 +75,20 @@ def check_number(name: str, value: object) -> float:
         raise TypeError(f"{name}: got {type(value).__name__}; must be a number")
     if isinstance(value, torch.SymFloat):  # Under tracing.
         return value  # type: ignore[return-value]
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        bits = int(value).bit_length()
+        raise ValueError(f"{name}: got an int of {bits} bits; must fit a float") from None
+
+
+def check_int(name: str, value: object) -> Any:
+    """A whole number that fits 64 bits (symbolic under tracing)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}; must be an int")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {value}; must be in [-2^63, 2^63)")
+    return value
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

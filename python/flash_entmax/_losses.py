@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import autocast_dtype, check_cpu_mapping, check_floating, check_number, check_tensor
+from ._checks import (
+    autocast_dtype,
+    check_cpu_mapping,
+    check_dense,
+    check_floating,
+    check_int,
+    check_number,
+)
 from ._library import MAPPING_ENTMAX, MAPPING_NORMMAX
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -18,7 +25,7 @@ def fenchel_young_loss(
     """Any of the losses; see :func:`entmax_loss`."""
     check_floating("scores", scores)
     check_cpu_mapping("scores", scores)
-    if check_tensor("target", target).dtype != torch.int64:
+    if check_dense("target", target).dtype != torch.int64:
         raise TypeError(f"target: got {target.dtype}; must be int64")
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {list(scores.shape)}; must be [rows, classes]")
@@ -26,6 +33,7 @@ def fenchel_young_loss(
         raise ValueError(f"reduction: got {reduction!r}; must be one of {', '.join(REDUCTIONS)}")
     if autocast_dtype(scores.device.type) is not None and scores.dtype != torch.float64:
         scores = scores.float()
+    check_int("ignore_index", ignore_index)
     loss = _library.loss(scores, target, kind, check_number("alpha", alpha), ignore_index)
     if reduction == "sum":
         loss = loss.sum()

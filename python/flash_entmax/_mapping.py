@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import autocast_dtype, check_cpu_mapping, check_floating, check_mask, check_number
+from ._checks import (
+    autocast_dtype,
+    check_cpu_mapping,
+    check_floating,
+    check_int,
+    check_mask,
+    check_number,
+)
 from ._library import MAPPING_BUDGET, MAPPING_ENTMAX, MAPPING_NORMMAX, statistics_type
 
 
@@ -24,7 +31,7 @@ class RowStatistics(NamedTuple):
 
 def row_shape(scores: Tensor, dim: int) -> list[int]:
     """The shape of one number a row: size 1 at ``dim``."""
-    if not -scores.dim() <= dim < scores.dim():
+    if not -scores.dim() <= check_int("dim", dim) < scores.dim():
         raise ValueError(
             f"dim: got {dim}; must be in [{-scores.dim()}, {scores.dim()}) for scores of "
             f"{scores.dim()} dimensions"
@@ -42,6 +49,7 @@ def _prepare(
     check_cpu_mapping("scores", scores)
     if scores.dim() == 0:
         raise ValueError("scores: got 0 dimensions; must have at least 1")
+    shape = row_shape(scores, dim)
     if autocast_dtype(scores.device.type) is not None and scores.dtype != torch.float64:
         scores = scores.float()
     if mask is not None:
@@ -50,11 +58,10 @@ def _prepare(
         return scores, None, mask, check_number(name, parameter)
     check_floating(name, parameter)
     try:
-        rows = parameter.to(statistics_type(scores.dtype)).expand(row_shape(scores, dim))
+        rows = parameter.to(statistics_type(scores.dtype)).expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"{name}: got shape {list(parameter.shape)}; must be expandable to "
-            f"{row_shape(scores, dim)}"
+            f"{name}: got shape {list(parameter.shape)}; must be expandable to {shape}"
         ) from None
     return scores, rows, mask, 0.0
 

@@ -141,9 +141,9 @@ def attention(
 
     place, at, seen = _places(query, key, key_lengths, cu_query, cu_key)
     if window_right is not None:
-        seen = seen & (at <= place + window_right)
+        seen = seen & (at <= place + min(window_right, queries + keys))
     if window_left is not None:
-        seen = seen & (at >= place - window_left)
+        seen = seen & (at >= place - min(window_left, queries + keys))
     if key_mask is not None:
         seen = seen & key_mask.bool().expand(batch, keys)[:, None]
     seen = seen.unsqueeze(1)
@@ -200,7 +200,8 @@ def _capped(
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, 1) for t in (key, value))
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)).float() * factor
+    scores = query @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * factor
     scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(value.dtype) @ value

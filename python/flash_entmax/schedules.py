@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ._checks import check_int, check_number
+
 __all__ = ["AlphaSchedule"]
 
 
@@ -40,12 +42,14 @@ class AlphaSchedule:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
+        check_int("steps", self.steps)
+        check_int("begin", self.begin)
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}; must be ≥ 1")
         if self.begin < 0:
             raise ValueError(f"begin: got {self.begin}; must be ≥ 0")
         for name in ("start", "target"):
-            value = getattr(self, name)
+            value = check_number(name, getattr(self, name))
             if not (math.isfinite(value) and value >= 1.0):
                 raise ValueError(f"{name}: got {value}; must be finite and ≥ 1")
         if self.shape not in ("linear", "cosine"):
@@ -53,6 +57,8 @@ class AlphaSchedule:
 
     def __call__(self, step: int) -> float:
         """α at a step."""
+        if math.isnan(check_number("step", step)):
+            raise ValueError(f"step: got {step}; must be a number of steps")
         done = min(max((step - self.begin) / self.steps, 0.0), 1.0)
         if self.shape == "cosine":
             done = (1.0 - math.cos(math.pi * done)) / 2.0

@@ -1,10 +1,35 @@
-"""Attention as one dense computation in float64, differentiable; its mapping is deep-spin's."""
+"""Attention as one dense computation in float64, differentiable; its mapping is deep-spin's where
+that package is installed, and else a bisection of its own."""
 
 from __future__ import annotations
 
-import entmax
 import torch
 from torch import Tensor
+
+try:
+    from entmax import entmax_bisect
+except ImportError:
+
+    def entmax_bisect(scores: Tensor, alpha: float | Tensor, n_iter: int = 60) -> Tensor:
+        """α > 1, along the last dimension."""
+        order = alpha - 1.0
+
+        def power(threshold: Tensor) -> Tensor:
+            above = order * scores - threshold
+            return torch.where(above > 0, above.clamp(min=1e-300) ** (1.0 / order), 0.0)
+
+        with torch.no_grad():
+            high = (order * scores).amax(-1, keepdim=True)
+            low = high - 1.0
+            for _ in range(n_iter):
+                middle = (low + high) / 2
+                more = power(middle).sum(-1, keepdim=True) >= 1.0
+                low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+            probability = power(low)
+            slope = torch.where(probability > 0, probability ** (1.0 - order) / order, 0.0)
+            slope = slope.sum(-1, keepdim=True)
+        # A step of Newton's method; its derivative is that of the solution.
+        return power(low + (power(low).sum(-1, keepdim=True) - 1.0) / slope)
 
 
 def dense_entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
@@ -12,7 +37,7 @@ def dense_entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = torch.where(empty, 0.0, scores)
     if isinstance(alpha, Tensor) or alpha != 1.0:
-        weights = entmax.entmax_bisect(scores, alpha, n_iter=60)
+        weights = entmax_bisect(scores, alpha, n_iter=60)
     else:
         weights = scores.softmax(-1)
     return torch.where(empty, 0.0, weights)
@@ -43,10 +68,16 @@ def dense_weights(
         scores = scores * query_scale.double().expand(batch, heads, queries)[..., None]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    lengths = torch.full((batch,), keys) if key_lengths is None else key_lengths.long()
+    at_device = query.device
+    if key_lengths is None:
+        lengths = torch.full((batch,), keys, device=at_device)
+    else:
+        lengths = key_lengths.long()
     # Position of each query among the keys of its entry. [batch, queries, keys]
-    position = torch.arange(queries)[None, :, None] + (lengths - queries)[:, None, None]
-    at = torch.arange(keys)[None, None, :]
+    position = (
+        torch.arange(queries, device=at_device)[None, :, None] + (lengths - queries)[:, None, None]
+    )
+    at = torch.arange(keys, device=at_device)[None, None, :]
     seen = (at < lengths[:, None, None]).expand(batch, queries, keys)
     if causal:
         seen = seen & (at <= position)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _library, _mapping
-from .._checks import check_floating
+from .._checks import check_floating, is_dense
 from .._losses import fenchel_young_loss
 
 __version__ = "1.3"
@@ -67,7 +67,9 @@ def _promote(X: Tensor, parameter: float | Tensor) -> tuple[Tensor, float | Tens
     check_floating("X", X)
     if not isinstance(parameter, Tensor):
         return X, parameter
-    if parameter.dtype.is_floating_point:
+    whole = not (parameter.is_floating_point() or parameter.is_complex() or parameter.is_quantized)
+    if not whole or not is_dense(parameter):
+        check_floating("parameter", parameter)
         X = X.to(torch.promote_types(X.dtype, parameter.dtype))
     return X, parameter.to(X.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _attention
-from .._checks import check_floating, check_tensor
+from .._checks import check_dense, check_floating
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
         if (
             attn_mask is not None
             and len(lead) > 2
-            and check_tensor("attn_mask", attn_mask).dim() > 3
+            and check_dense("attn_mask", attn_mask).dim() > 3
         ):
             attn_mask = attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:]).reshape(
                 -1, *attn_mask.shape[-3:]
@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask: got a tensor; must be None with is_causal=True")
-        key_mask, bias = _mask_arguments(check_tensor("attn_mask", attn_mask), query, key)
+        key_mask, bias = _mask_arguments(check_dense("attn_mask", attn_mask), query, key)
     window_right = None
     if is_causal and key.shape[2] > query.shape[2]:  # Keys that no row may see.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

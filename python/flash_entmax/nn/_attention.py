@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .._attention import attention
+from .._checks import check_floating, check_int, check_number
 from ._mappings import bounded_alpha
 from ._positions import RotaryEmbedding, alibi_slopes, nape_slopes
 from ._scaling import ASEntmaxScale, SSMaxScale
 
 POSITIONS = ("none", "alibi", "nape", "rope")
 SCALINGS = ("none", "ssmax", "asentmax")
+
+
+def check_alpha(alpha: object) -> float:
+    number = check_number("alpha", alpha)
+    if not (math.isfinite(number) and number >= 1.0):
+        raise ValueError(f"alpha: got {number}; must be finite and ≥ 1")
+    return number
 
 
 class EntmaxAttention(nn.Module):
@@ -61,8 +71,17 @@ class EntmaxAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        for name, number in (
+            ("features", features), ("heads", heads), ("kv_heads", kv_heads),
+            ("head_size", head_size), ("window", window),
+        ):  # fmt: skip
+            if number is not None and check_int(name, number) < 1:
+                raise ValueError(f"{name}: got {number}; must be ≥ 1")
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal: got {type(causal).__name__}; must be True or False")
+        check_alpha(alpha)
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads != 0:
+        if heads % kv_heads != 0:
             raise ValueError(f"kv_heads: got {kv_heads}; must be a divisor of heads, {heads}")
         if head_size is None:
             if features % heads != 0:
@@ -77,8 +96,6 @@ class EntmaxAttention(nn.Module):
                 "scaling: got 'asentmax'; with positions 'alibi' must be 'none' or 'ssmax' (it "
                 "scales the heads without ALiBi; 'nape' has such heads)"
             )
-        if window is not None and window < 1:
-            raise ValueError(f"window: got {window}; must be ≥ 1")
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
         self.causal, self.window, self.softcap = causal, window, softcap
         self.query = nn.Linear(features, heads * head_size, bias=bias)
@@ -112,7 +129,7 @@ class EntmaxAttention(nn.Module):
     def alpha(self, value: float) -> None:
         if self.alpha_logits is not None:
             raise ValueError("alpha: is learnt; must not be set (see alpha_logits)")
-        self.fixed_alpha = float(value)
+        self.fixed_alpha = check_alpha(value)
 
     def forward(
         self,
@@ -140,6 +157,11 @@ class EntmaxAttention(nn.Module):
             [batch, queries, features]
         """
         context = hidden if context is None else context
+        for name, tensor in (("hidden", hidden), ("context", context)):
+            if check_floating(name, tensor).dim() != 3:
+                raise ValueError(
+                    f"{name}: got shape {list(tensor.shape)}; must be [batch, length, features]"
+                )
         queries, keys = hidden.shape[1], context.shape[1]
         first = max(keys - queries, 0)
 
