@@ -32,6 +32,11 @@ def results(attention):
                 alpha=attention.alpha_gradient)
 
 
+def far_tolerance(dtype):
+    """Biases of several hundred: float32 keeps such scores to 3e-5 only."""
+    return 5.0 if dtype == FP32 else 1.0
+
+
 def both_ways(library, call, **options):
     """Runs with and without skipping, compares bit for bit; returns the run that skipped."""
     skipping = run(library, call, engine="general", **options)
@@ -65,7 +70,7 @@ def test_nape_long(library):
 def test_sizes(library, size, dtype, alpha):
     call = make(queries=1100, size=size, dtype=dtype, causal=True, alpha=alpha,
                 slopes=slopes(0.7, 0.05))
-    compare(both_ways(library, call), call)
+    compare(both_ways(library, call), call, tolerance=far_tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -95,7 +100,7 @@ class TestWithOtherFeatures:
             for causal in (False, True):
                 call = make(queries=queries, keys=keys, dtype=dtype, causal=causal,
                             slopes=slopes(0.3, 0.01))
-                compare(both_ways(library, call), call)
+                compare(both_ways(library, call), call, tolerance=far_tolerance(dtype))
 
     def test_grouped_heads(self, library, dtype):
         call = make(batch=2, heads=6, kv_heads=2, queries=1300, dtype=dtype, causal=True,
@@ -117,7 +122,7 @@ class TestWithOtherFeatures:
         for causal in (False, True):
             call = make(heads=3, queries=1100, dtype=dtype, causal=causal,
                         slopes=slopes(-0.5, -0.01, 0.5))
-            compare(both_ways(library, call), call)
+            compare(both_ways(library, call), call, tolerance=far_tolerance(dtype))
 
     def test_one_far_key_wins(self, library, dtype):
         """A key beyond what norms usually allow, far from nearly all queries."""
@@ -125,7 +130,7 @@ class TestWithOtherFeatures:
         call["query"][..., 0] = 8.0
         call["key"][..., 0] = 0.0
         call["key"][:, :, 5, 0] = 50.0
-        compare(both_ways(library, call), call)
+        compare(both_ways(library, call), call, tolerance=far_tolerance(dtype))
 
     def test_equal_scores(self, library, dtype):
         """Bounds meet thresholds exactly, or by a rounding."""
