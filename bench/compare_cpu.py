@@ -52,6 +52,15 @@ TABLE = [
     ("alibi", 7, 32768, 64, F32, 1.5, None),
     ("alibi", 7, 131072, 64, F32, 1.5, None),
     ("gauss1", 1, 131072, 64, F32, 1.5, None),
+    # Powers that take a logarithm and an exponential, and supports of all kinds of size.
+    ("gauss0.05", 2, 8192, 64, F32, 1.3, (1.0, 1.0)),
+    ("gauss0.25", 2, 8192, 64, F32, 1.3, (1.0, 1.0)),
+    ("gauss1", 2, 8192, 64, F32, 1.3, (1.0, 1.0)),
+    ("gauss0.05", 2, 8192, 64, F32, 1.25, (1.0, 1.0)),
+    ("gauss0.05", 2, 8192, 64, F32, 1.75, (1.0, 1.0)),
+    ("gauss0.05", 2, 8192, 64, F32, 1.1, (1.0, 1.0)),
+    ("gauss1", 2, 8192, 64, F32, 1.1, (1.0, 1.0)),
+    ("gauss1", 2, 8192, 64, F32, 0.5, None),
 ]
 # Norm of the error over the norm of the result; the backward pass of bfloat16 rounds p and dS.
 ALLOWED = {F32: (2e-6, 2e-5), BF16: (4.5e-3, 1.1e-2)}
@@ -97,12 +106,17 @@ class Engine:
 
 
 def threshold(z, order):
-    """tau of each row by bisection; order = alpha - 1."""
-    high = z.amax(-1, keepdim=True)
-    low = high - 1
+    """tau of each row by bisection; order = alpha - 1. Below 0 the sum rises with tau."""
+    if order > 0:
+        high = z.amax(-1, keepdim=True)
+        low = high - 1
+    else:
+        high = z.amin(-1, keepdim=True) - 1
+        low = high + 1 - float(z.shape[-1]) ** -order
     for _ in range(60):
         middle = (low + high) / 2
         above = (z - middle).clamp(min=0).pow(1 / order).sum(-1, keepdim=True) >= 1
+        above ^= order < 0
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return (low + high) / 2
 

@@ -58,8 +58,8 @@ inline int WholeExponent(double exponent) {
   return whole ? static_cast<int>(nearest) : 0;
 }
 
-// x^exponent for float lanes of x in [0, 1], to about 2e-7·exponent: for bounds, which allow for
-// it. Polynomials interpolate log2(1 + f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in Chebyshev's
+// x^exponent for float lanes of x in [0, 1] (exponent > 0) or [1, ∞) (exponent < 0), to about
+// 2e-7·|exponent|: for bounds, which allow for it. Polynomials interpolate log2(1 + f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in Chebyshev's
 // points. 0 where x is below the smallest normal number or the result would be.
 HWY_INLINE hn::Vec<FloatTag> RoughPower(FloatTag d, hn::Vec<FloatTag> x, float exponent) {
   const hn::RebindToSigned<FloatTag> di;
@@ -89,7 +89,7 @@ HWY_INLINE hn::Vec<FloatTag> RoughPower(FloatTag d, hn::Vec<FloatTag> x, float e
   return hn::IfThenElseZero(hn::Ge(x, set(1.1754944e-38f)), hn::Mul(w, scale));
 }
 
-// The same in double, to about 2e-12·exponent: for scores in float, whose own rounding moves p by
+// The same in double, to about 2e-12·|exponent|: for scores in float, whose own rounding moves p by
 // far more. A third of the cost of a logarithm and an exponential to the last digit.
 HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, double exponent) {
   const hn::RebindToSigned<DoubleTag> di;
@@ -111,7 +111,7 @@ HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, doub
   q = hn::MulAdd(f, q, set(-0.721347520343086323));
   q = hn::MulAdd(f, q, set(1.44269504088620331));
   const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
-  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-1022.0));
+  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-1023.0));
   const auto whole = hn::Round(y);
   const auto r = hn::Sub(y, whole);
   auto w = hn::MulAdd(r, set(1.3255224878668817e-6), set(0.0000153100794022492974));
@@ -131,7 +131,8 @@ HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, doub
 constexpr double kMaxRoughExponent = 32.0;
 
 inline bool UsesRoughPower(double exponent) {
-  return exponent > 1.0 && exponent <= kMaxRoughExponent && WholeExponent(exponent) == 0;
+  return std::abs(exponent) > 1.0 && std::abs(exponent) <= kMaxRoughExponent &&
+         WholeExponent(exponent) == 0;
 }
 
 // p and u = p^(2−α) of one curve, as functions of y = m·c + slope·δ (of x = c + δ at m = 0). Lanes
@@ -234,6 +235,11 @@ HWY_INLINE void EvaluateRoughly(D d, V y, double exponent, bool rough, V* p, V* 
     if (rough) {
       using Compute = hn::TFromD<D>;
       const V t = hn::Max(hn::Sub(hn::Set(d, Compute{1}), y), hn::Zero(d));
+      if (exponent < 0.0) {  // α < 1: t ≥ 1, and p is larger than u.
+        *p = RoughPower(d, t, static_cast<Compute>(exponent));
+        *u = hn::Div(*p, t);
+        return;
+      }
       *u = RoughPower(d, t, static_cast<Compute>(exponent - 1.0));
       *p = hn::Mul(*u, t);
       return;
