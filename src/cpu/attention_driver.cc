@@ -162,11 +162,28 @@ class ForwardRun {
     // Where α = 1 the weights of the mean that the backward pass needs are the probabilities.
     if (saved && input.curve.kind == CurveKind::kSoftmax) {
       saved->StoreMeans(memory->output.data(), input.head.value_width);
+    } else if (saved && KeepsMeans(item, sequence.mask, *memory)) {
+      saved->StoreMeans(memory->means.data(), input.head.value_width);
     }
     Store(item, sequence, input.head.value_width, *memory);
     if (outputs_.support != nullptr) {
       supports_[index] = {memory->support_size, memory->support_key, memory->support_probability};
     }
+  }
+
+  // Whether the means of the panel's values are worth keeping, instead of one more pass backward.
+  static bool KeepsMeans(const Item& item, const PositionMask& mask, const PanelMemory<T>& memory) {
+    if (memory.mean_rows != item.queries) return false;
+    // Means are rounded, and the weights of the few keys of a short row so large that this would
+    // show beside the gradients of long ones.
+    constexpr int64_t kFewKeys = 256;
+    int64_t visible = 0;
+    for (int64_t i = item.first_query; i < item.first_query + item.queries; ++i) {
+      const int64_t keys = mask.End(i) - mask.First(i);
+      if (keys < kFewKeys) return false;
+      visible += keys;
+    }
+    return IsDenseSupport(memory.mean_entries, visible);
   }
 
   ScoreModifiers<T> ModifiersOf(const Sequence& sequence, int64_t head) const {

@@ -318,6 +318,8 @@ void RunPanelImpl(const PanelInput<T>& input, bool want_support, PanelMemory<T>*
   memory->support_size.clear();
   memory->support_key.clear();
   memory->support_probability.clear();
+  memory->mean_rows = memory->mean_entries = 0;
+  if (memory->saved != nullptr) memory->means.resize(memory->output.size());
   switch (input.curve.kind) {
     case CurveKind::kSoftmax:
       // The support of softmax is every key, so reporting it needs the lists.

