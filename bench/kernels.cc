@@ -89,6 +89,7 @@ HWY_AFTER_NAMESPACE();
 #include <ctime>
 #include <vector>
 
+#include "cpu/aligned_array.h"
 #include "cpu/screen_int8.h"
 #include "flash_entmax/machine.h"
 #include "random.h"
@@ -172,29 +173,29 @@ __attribute__((target("avx512f,avx512vnni"))) double PeakInt8(int64_t rounds) {
 double PeakInt8(int64_t /*rounds*/) { return 0.0; }
 #endif
 
-std::vector<float> Gauss(int64_t count, uint64_t seed) {
+cpu::AlignedArray<float> Gauss(int64_t count, uint64_t seed) {
   Random random(seed);
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& x : values) x = static_cast<float>(random.Gauss());
+  auto values = cpu::MakeAligned<float>(static_cast<size_t>(count));  // As the engine's are.
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(random.Gauss());
   return values;
 }
 
 void CompareScreened(int64_t depth, int64_t rounds) {
   constexpr int64_t kBlocks = kKeys / cpu::kScreenKeys;
   const int64_t padded = cpu::ScreenDepth(depth);
-  const std::vector<float> query = Gauss(cpu::kScreenRows * depth, 3);
-  const std::vector<float> keys = Gauss(kKeys * depth, 4);
+  const auto query = Gauss(cpu::kScreenRows * depth, 3);
+  const auto keys = Gauss(kKeys * depth, 4);
   std::vector<int8_t> rounded_query(static_cast<size_t>(cpu::kScreenRows * padded + 64));
   std::vector<uint8_t> rounded(static_cast<size_t>(kKeys * padded));
   cpu::ScreenRows rows;
-  if (!cpu::RoundQueries(query.data(), static_cast<size_t>(depth), static_cast<size_t>(depth),
+  if (!cpu::RoundQueries(query.get(), static_cast<size_t>(depth), static_cast<size_t>(depth),
                          rounded_query.data(), &rows)) {
     return;
   }
   std::vector<cpu::KeyBlockBound> bounds(static_cast<size_t>(kBlocks));
   for (int64_t b = 0; b < kBlocks; ++b) {
     bounds[static_cast<size_t>(b)].norm = 1.5f * std::sqrt(static_cast<float>(depth));
-    cpu::RoundKeys(keys.data() + b * cpu::kScreenKeys * depth, static_cast<size_t>(depth),
+    cpu::RoundKeys(keys.get() + b * cpu::kScreenKeys * depth, static_cast<size_t>(depth),
                    rounded.data() + b * cpu::kScreenKeys * padded, &bounds[static_cast<size_t>(b)]);
   }
   // Too high for any product, and too low for the norms alone to say so.
@@ -224,14 +225,14 @@ int Main() {
   for (const int64_t depth : {32, 64, 128, 256}) {
     const int64_t blocks = kKeys / width;
     const int64_t rounds = 102400 / depth;
-    const std::vector<float> query = Gauss(rows * depth, 1);
-    const std::vector<float> keys = Gauss(blocks * width * depth, 2);
+    const auto query = Gauss(rows * depth, 1);
+    const auto keys = Gauss(blocks * width * depth, 2);
     float sink[3] = {1e-3f, 1e-3f, 0.0f};
     Compare(
         "float32", depth,
         [&] { return HWY_DYNAMIC_DISPATCH(PeakFloat)(rounds * blocks * depth, sink); },
         [&] {
-          return HWY_DYNAMIC_DISPATCH(TileFloat)(query.data(), keys.data(), blocks, depth, rounds,
+          return HWY_DYNAMIC_DISPATCH(TileFloat)(query.get(), keys.get(), blocks, depth, rounds,
                                                  sink);
         });
   }
