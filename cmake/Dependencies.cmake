@@ -17,3 +17,10 @@ macro(flash_entmax_dependency name fetch_name url hash)
     endif()
   endif()
 endmacro()
+
+# In every folder that uses hwy::hwy, since imported targets are known where they are found.
+macro(flash_entmax_find_highway)
+  flash_entmax_dependency(hwy highway
+    https://github.com/google/highway/archive/refs/tags/1.2.0.tar.gz
+    7e0be78b8318e8bdbf6fa545d2ecb4c90f947df03f7aadc42c1967f019e63343 libhwy-dev)
+endmacro()

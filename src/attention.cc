@@ -28,8 +28,8 @@ int64_t ReadInteger(const TensorView& tensor, int64_t index) {
                                        : static_cast<const int64_t*>(tensor.data)[offset];
 }
 
-// One number a head.
-Status ReadPerHead(const std::string& name, const TensorView& tensor, int64_t heads, double lowest,
+// One number a head, at least 0; above it if `positive`.
+Status ReadPerHead(const std::string& name, const TensorView& tensor, int64_t heads, bool positive,
                    std::vector<double>* values) {
   if (tensor.dtype != DType::kFloat32 && tensor.dtype != DType::kFloat64) {
     return BadArgument(name, NameOf(tensor.dtype), "float32 or float64");
@@ -40,9 +40,9 @@ Status ReadPerHead(const std::string& name, const TensorView& tensor, int64_t he
   if (Status status = CheckView(name, tensor); !status.ok()) return status;
   for (int64_t head = 0; head < heads; ++head) {
     const double value = ReadElement(tensor, head * tensor.strides[0]);
-    if (!(std::isfinite(value) && value >= lowest)) {
+    if (!(std::isfinite(value) && (positive ? value > 0.0 : value >= 0.0))) {
       return BadArgument(name, std::to_string(value) + " for head " + Number(head),
-                         "finite and ≥ " + Number(static_cast<int64_t>(lowest)));
+                         positive ? "finite and > 0" : "finite and ≥ 0");
     }
     (*values)[static_cast<size_t>(head)] = value;
   }
@@ -189,15 +189,15 @@ Expected<ResolvedAttention> ResolveAttention(const AttentionProblem& problem) {
   resolved.alpha.assign(heads, problem.alpha);
   resolved.slope.assign(heads, 0.0);
   if (problem.alpha_per_head) {
-    if (Status status = ReadPerHead("alpha_per_head", problem.alpha_per_head, resolved.heads, 1.0,
-                                    &resolved.alpha);
+    if (Status status = ReadPerHead("alpha_per_head", problem.alpha_per_head, resolved.heads,
+                                    /*positive=*/true, &resolved.alpha);
         !status.ok()) {
       return status;
     }
   }
   if (problem.alibi_slopes) {
-    if (Status status =
-            ReadPerHead("alibi_slopes", problem.alibi_slopes, resolved.heads, 0.0, &resolved.slope);
+    if (Status status = ReadPerHead("alibi_slopes", problem.alibi_slopes, resolved.heads,
+                                    /*positive=*/false, &resolved.slope);
         !status.ok()) {
       return status;
     }

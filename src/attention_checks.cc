@@ -80,8 +80,8 @@ Status CheckAttentionShapes(const AttentionProblem& problem) {
 }
 
 Status CheckAttentionNumbers(const AttentionProblem& problem) {
-  if (!problem.alpha_per_head && !(std::isfinite(problem.alpha) && problem.alpha >= 1.0)) {
-    return BadArgument("alpha", std::to_string(problem.alpha), "finite and ≥ 1");
+  if (!problem.alpha_per_head && !(std::isfinite(problem.alpha) && problem.alpha > 0.0)) {
+    return BadArgument("alpha", std::to_string(problem.alpha), "finite and > 0");
   }
   if (problem.scale && !std::isfinite(*problem.scale)) {
     return BadArgument("scale", std::to_string(*problem.scale), "finite");

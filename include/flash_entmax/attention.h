@@ -27,7 +27,8 @@ struct AttentionProblem {
   TensorView key;    // [batch, kv_heads, key_length, head_size], heads a multiple of kv_heads
   TensorView value;  // [batch, kv_heads, key_length, value_size]
 
-  // One α ≥ 1 for all heads, or one a head: [heads], float32 or float64.
+  // One α > 0 for all heads, or one a head: [heads], float32 or float64. α = 1 is softmax; below
+  // it weights have heavier tails, and like softmax's none is zero.
   double alpha = 1.5;
   TensorView alpha_per_head;
 
@@ -105,7 +106,7 @@ struct AttentionOutputs {
 // (`flash-entmax plan`) and the launch all read.
 struct AttentionPlan {
   std::string engine;           // "cpu"
-  std::string path;             // "one-pass candidates" or "online softmax"
+  std::string path;             // "one-pass candidates", "online softmax", "dense products", …
   std::string instruction_set;  // "AVX3", "AVX2", …
   int num_threads = 1;
   int rows_per_panel = 0;        // query rows that one thread works on together

@@ -236,7 +236,7 @@ def attention(
         [batch, kv_heads, key_length, value_size], any strides, of one type: float32, bfloat16,
         float16 or float64 (CPU). heads is a multiple of kv_heads (grouped-query attention).
     alpha : float or Tensor
-        ≥ 1 on CPUs, in [1, 2] on GPUs. 1 is softmax (on GPUs computed by PyTorch's
+        > 0 on CPUs, in [1, 2] on GPUs. 1 is softmax (on GPUs computed by PyTorch's
         ``scaled_dot_product_attention``, without ``softcap``), 2 is sparsemax. A tensor of shape
         [heads] or [] gives one a head, and gets a gradient; on GPUs its numbers must be in (1, 2],
         and are not checked.

@@ -22,7 +22,7 @@ class AlphaSchedule:
     steps : int
         How many steps the move takes; ≥ 1.
     start, target : float
-        Finite and ≥ 1.
+        Finite and > 0.
     begin : int
         ≥ 0.
     shape : str
@@ -50,8 +50,8 @@ class AlphaSchedule:
             raise ValueError(f"begin: got {self.begin}; must be ≥ 0")
         for name in ("start", "target"):
             value = check_number(name, getattr(self, name))
-            if not (math.isfinite(value) and value >= 1.0):
-                raise ValueError(f"{name}: got {value}; must be finite and ≥ 1")
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name}: got {value}; must be finite and > 0")
         if self.shape not in ("linear", "cosine"):
             raise ValueError(f"shape: got {self.shape!r}; must be 'linear' or 'cosine'")
 

@@ -410,7 +410,7 @@ def test_what_does_not_exist_is_an_error(arguments: dict[str, Any], message: str
 def test_bad_alphas() -> None:
     model = make("llama")
     for alpha, error in [
-        (0.9, ValueError),
+        (0.0, ValueError),
         ("1", TypeError),
         (True, TypeError),
         ([1.0, None], TypeError),

@@ -149,7 +149,7 @@ def test_schedules() -> None:
         (lambda: nn.alibi_slopes(0), "heads: got 0"),
         (lambda: AlphaSchedule(steps=0), "steps: got 0"),
         (lambda: AlphaSchedule(steps=1, begin=-1), "begin: got -1"),
-        (lambda: AlphaSchedule(steps=1, target=0.5), "target: got 0.5"),
+        (lambda: AlphaSchedule(steps=1, target=0.0), "target: got 0.0"),
         (lambda: AlphaSchedule(steps=1, shape="step"), "shape: got 'step'"),
     ],
 )

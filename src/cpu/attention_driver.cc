@@ -77,7 +77,8 @@ class ForwardRun {
         threads_(static_cast<size_t>(ThreadCount(options.num_threads))),
         supports_(outputs.support != nullptr ? items_.size() : 0) {
     if (saved_ != nullptr) saved_layout_.WriteHeader(saved_);
-    if (!AllSoftmax(resolved) || outputs.support != nullptr) {
+    // Lists of keys, which softmax has only to report its support.
+    if (AnySparse(resolved) || (AnySoftmax(resolved) && outputs.support != nullptr)) {
       keys_by_row_.emplace(problem, resolved, shape_, packed_, Screens(resolved, shape_, options),
                            options.num_threads);
     }
@@ -93,9 +94,15 @@ class ForwardRun {
                        [](double alpha) { return alpha == 1.0; });
   }
 
-  static bool AllSoftmax(const ResolvedAttention& resolved) {
-    return std::all_of(resolved.alpha.begin(), resolved.alpha.end(),
-                       [](double alpha) { return alpha == 1.0; });
+  // Whether any head has zeros to find.
+  static bool AnySparse(const ResolvedAttention& resolved) {
+    return std::any_of(resolved.alpha.begin(), resolved.alpha.end(),
+                       [](double alpha) { return alpha > 1.0; });
+  }
+
+  static bool AnyBelowSoftmax(const ResolvedAttention& resolved) {
+    return std::any_of(resolved.alpha.begin(), resolved.alpha.end(),
+                       [](double alpha) { return alpha < 1.0; });
   }
 
   // Whether keys are rejected by products of 8-bit integers: where the machine has them and the
@@ -104,7 +111,7 @@ class ForwardRun {
                       const AttentionOptions& options) {
     return std::is_same_v<T, float> && options.screening && CanScreen() &&
            shape.rows_per_group == kScreenRows && shape.keys_per_block == kScreenKeys &&
-           resolved.head_size <= kMaxScreenDepth && !AllSoftmax(resolved);
+           resolved.head_size <= kMaxScreenDepth && AnySparse(resolved);
   }
 
   Status Run(const AttentionOptions& options) {
@@ -155,11 +162,28 @@ class ForwardRun {
     // Where α = 1 the weights of the mean that the backward pass needs are the probabilities.
     if (saved && input.curve.kind == CurveKind::kSoftmax) {
       saved->StoreMeans(memory->output.data(), input.head.value_width);
+    } else if (saved && KeepsMeans(item, sequence.mask, *memory)) {
+      saved->StoreMeans(memory->means.data(), input.head.value_width);
     }
     Store(item, sequence, input.head.value_width, *memory);
     if (outputs_.support != nullptr) {
       supports_[index] = {memory->support_size, memory->support_key, memory->support_probability};
     }
+  }
+
+  // Whether the means of the panel's values are worth keeping, instead of one more pass backward.
+  static bool KeepsMeans(const Item& item, const PositionMask& mask, const PanelMemory<T>& memory) {
+    if (memory.mean_rows != item.queries) return false;
+    // Means are rounded, and the weights of the few keys of a short row so large that this would
+    // show beside the gradients of long ones.
+    constexpr int64_t kFewKeys = 256;
+    int64_t visible = 0;
+    for (int64_t i = item.first_query; i < item.first_query + item.queries; ++i) {
+      const int64_t keys = mask.End(i) - mask.First(i);
+      if (keys < kFewKeys) return false;
+      visible += keys;
+    }
+    return IsDenseSupport(memory.mean_entries, visible);
   }
 
   ScoreModifiers<T> ModifiersOf(const Sequence& sequence, int64_t head) const {
@@ -273,7 +297,7 @@ class ForwardRun {
   int64_t rows_per_panel_;
   SavedLayout saved_layout_;
   PackedInputs<T> packed_;
-  std::optional<KeysByRow<T>> keys_by_row_;  // Not where α = 1 everywhere.
+  std::optional<KeysByRow<T>> keys_by_row_;  // Not where α ≤ 1 everywhere.
   int64_t query_stride_;
   std::vector<Item> items_;
   std::vector<PanelMemory<T>> threads_;
@@ -303,7 +327,12 @@ void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved
   const int64_t per_thread = plan->rows_per_panel * (resolved.head_size + stride + kInitialList);
   plan->workspace_bytes =
       (elements + per_thread * plan->num_threads) * static_cast<int64_t>(sizeof(T));
-  if (ForwardRun<T>::AllSoftmax(resolved)) return;
+  if (ForwardRun<T>::AnyBelowSoftmax(resolved)) {  // The scores of a group of rows.
+    plan->workspace_bytes += plan->num_threads * shape.rows_per_group *
+                             RoundUp(resolved.key_length, shape.keys_per_block) *
+                             static_cast<int64_t>(sizeof(T));
+  }
+  if (!ForwardRun<T>::AnySparse(resolved)) return;
   const bool screening = ForwardRun<T>::Screens(resolved, shape, options);
   for (const Sequence& sequence : resolved.sequences) {
     plan->workspace_bytes +=
@@ -318,12 +347,14 @@ AttentionPlan PlanForward(const AttentionProblem& problem, const ResolvedAttenti
                           const AttentionOptions& options) {
   AttentionPlan plan;
   plan.engine = "cpu";
-  const bool any_softmax = ForwardRun<float>::AnySoftmax(resolved);
-  const bool all_softmax = std::all_of(resolved.alpha.begin(), resolved.alpha.end(),
-                                       [](double alpha) { return alpha == 1.0; });
-  plan.path = !any_softmax  ? "one-pass candidates"
-              : all_softmax ? "online softmax"
-                            : "one-pass candidates; online softmax for heads with alpha 1";
+  const bool sparse = ForwardRun<float>::AnySparse(resolved);
+  const bool softmax = ForwardRun<float>::AnySoftmax(resolved);
+  const bool below = ForwardRun<float>::AnyBelowSoftmax(resolved);
+  plan.path = sparse || resolved.alpha.empty() ? "one-pass candidates"
+              : softmax                        ? "online softmax"
+                                               : "dense products";
+  if (sparse && softmax) plan.path += "; online softmax for heads with alpha 1";
+  if (below && (sparse || softmax)) plan.path += "; dense products for heads with alpha below 1";
   plan.instruction_set = ActiveInstructionSet();
   plan.num_threads = ThreadCount(options.num_threads);
   if (problem.query.dtype == DType::kFloat64) {

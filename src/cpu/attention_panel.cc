@@ -26,7 +26,7 @@
 // Memory traffic: of the keys one byte an element per 48 rows, from the second- or third-level
 // cache, and of the few keys that pass and of the support the rows; nothing of size n².
 //
-// α = 1 runs as flash softmax: softmax-inl.h.
+// α = 1 runs as flash softmax: softmax-inl.h. α < 1 has no zeros, and takes the dense products.
 
 #include "cpu/attention_panel.h"
 
@@ -297,6 +297,19 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   }
 }
 
+// α < 1: every visible key has weight, so there is nothing to search for.
+template <typename T>
+void DensePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* memory) {
+  const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
+  const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
+  if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
+  for (int64_t g = 0; g < group_count; ++g) {
+    GroupSearch<T> group;
+    PrepareGroup(input, g, memory, &group);
+    DenseGroup<CurveKind::kGeneral>(input, group, want_support, memory);
+  }
+}
+
 template <typename T>
 void RunPanelImpl(const PanelInput<T>& input, bool want_support, PanelMemory<T>* memory) {
   const int64_t rows = (input.queries + kTileRows - 1) / kTileRows * kTileRows;
@@ -305,6 +318,8 @@ void RunPanelImpl(const PanelInput<T>& input, bool want_support, PanelMemory<T>*
   memory->support_size.clear();
   memory->support_key.clear();
   memory->support_probability.clear();
+  memory->mean_rows = memory->mean_entries = 0;
+  if (memory->saved != nullptr) memory->means.resize(memory->output.size());
   switch (input.curve.kind) {
     case CurveKind::kSoftmax:
       // The support of softmax is every key, so reporting it needs the lists.
@@ -315,6 +330,7 @@ void RunPanelImpl(const PanelInput<T>& input, bool want_support, PanelMemory<T>*
     case CurveKind::kSparsemax:
       return CandidatePanel<CurveKind::kSparsemax>(input, want_support, memory);
     case CurveKind::kGeneral:
+      if (input.curve.m < 0.0) return DensePanel(input, want_support, memory);
       return CandidatePanel<CurveKind::kGeneral>(input, want_support, memory);
   }
 }

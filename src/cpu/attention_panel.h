@@ -119,6 +119,13 @@ struct PanelMemory {
   std::vector<float> support_probability;
   // Takes every row of the panel for the backward pass; null if it is not to be kept.
   SavedPanelWriter<T>* saved = nullptr;
+  // With `saved`, of the dense rows of the panel (α ≤ 2, not 1): the mean of the values under
+  // u = p^(2−α), [rows][value_width], how many rows have one, and the sizes of their supports.
+  std::vector<T> means;
+  int64_t mean_rows = 0;
+  int64_t mean_entries = 0;
+  std::vector<T> weights;     // u of a group of rows.
+  std::vector<T> candidates;  // Scores of a dense row that are not zero yet.
 };
 
 // Runs a panel; leaves output, threshold and, if `want_support`, the support in `memory`.

@@ -92,6 +92,7 @@ struct DenseRow {
   bool active = false;
   T max = T{0};
   T shift = T{0};
+  T top = T{0};  // 1 − shift
   T slope = T{0};
   T factor = T{0};    // Of p.
   T u_factor = T{0};  // Of u.
@@ -128,6 +129,7 @@ bool PrepareRows(const BackwardHead<T>& head, int64_t first, int64_t end, bool w
     const Level level = LevelOf(curve, saved.level);
     row.max = static_cast<T>(saved.max);
     row.shift = static_cast<T>(level.shift);
+    row.top = static_cast<T>(1.0 - level.shift);
     row.slope = static_cast<T>(level.slope);
     row.factor = static_cast<T>(level.factor);
     row.u_factor =
@@ -180,12 +182,13 @@ void FillTile(T* target) {
   }
 }
 
-// p and u of one tile from its scores; true if any p is positive.
-template <CurveKind kKind, typename T>
+// p and u of one tile from its scores; true if any of them is positive.
+template <CurveKind kKind, bool kFromBase, typename T>
 bool TileProbabilities(const DenseRowBlock<T>& block, int64_t first_row, T* HWY_RESTRICT p,
                        T* HWY_RESTRICT u) {
   const hn::ScalableTag<T> d;
   const size_t lanes = hn::Lanes(d);
+  const PowerWay way = PowerWay::Of<T>(block.exponent);
   auto any = hn::Zero(d);
   for (int64_t r = 0; r < kTileRows; ++r, p += kBlockSize, u += kBlockSize) {
     const DenseRow<T>& row = block.row[first_row + r];
@@ -194,22 +197,34 @@ bool TileProbabilities(const DenseRowBlock<T>& block, int64_t first_row, T* HWY_
       std::fill_n(u, TileWidth<T>(), T{0});
       continue;
     }
+    const VectorLevel<kKind, hn::ScalableTag<T>> at = {hn::Set(d, row.slope), hn::Set(d, row.shift),
+                                                       hn::Set(d, row.top), block.exponent, way};
     for (size_t i = 0; i < TileWidth<T>(); i += lanes) {
       const auto distance = hn::Sub(hn::Set(d, row.max), hn::LoadU(d, p + i));
-      const auto y = hn::MulAdd(distance, hn::Set(d, row.slope), hn::Set(d, row.shift));
       hn::Vec<decltype(d)> vp;
       hn::Vec<decltype(d)> vu;
-      EvaluateCurve<kKind>(d, y, block.exponent, &vp, &vu);
+      at.template Evaluate<kFromBase>(d, distance, &vp, &vu);
       if constexpr (kKind == CurveKind::kGeneral) {
         vp = hn::Mul(vp, hn::Set(d, row.factor));
         vu = hn::Mul(vu, hn::Set(d, row.u_factor));
+        any = hn::Max(any, vp);
       }
       hn::StoreU(vp, d, p + i);
       hn::StoreU(vu, d, u + i);
-      any = hn::Max(any, vu);  // p of a small u may be 0 by underflow.
+      any = hn::Max(any, vu);  // The smaller of both may be 0 by underflow.
     }
   }
   return hn::GetLane(hn::MaxOfLanes(d, any)) > T{0};
+}
+
+template <CurveKind kKind, typename T>
+bool TileProbabilities(const DenseRowBlock<T>& block, int64_t first_row, T* p, T* u) {
+  if constexpr (kKind == CurveKind::kGeneral) {
+    if (!PowerWay::Of<T>(block.exponent).from_base()) {
+      return TileProbabilities<kKind, false>(block, first_row, p, u);
+    }
+  }
+  return TileProbabilities<kKind, true>(block, first_row, p, u);
 }
 
 // Scores, p, u and dS of one block, left in memory->probability and memory->weights; with kSums
@@ -294,6 +309,12 @@ bool BlockWeights(const BackwardHead<T>& head, int64_t first_key, DenseRowBlock<
           for (size_t i = 0; i < kWidth; i += lanes) {
             const auto centred = hn::Sub(hn::LoadU(d, dp + i), delta);
             hn::StoreU(hn::Mul(hn::LoadU(d, w + i), centred), d, w + i);
+          }
+          if (head.grad_bias != nullptr) {
+            T* target = head.grad_bias + (first_row + r) * head.grad_bias_row_stride +
+                        key * head.grad_bias_key_stride;
+            const int64_t real = std::min<int64_t>(kWidth, input.mask.key_length - key);
+            for (int64_t i = 0; i < real; ++i) target[i * head.grad_bias_key_stride] = w[i];
           }
           if (head.grad_slope != nullptr) {
             const int64_t position = input.mask.Position(first_row + r) - key;

@@ -2,8 +2,8 @@
 //
 // Every panel of query rows, as the forward pass cut them, goes one of two ways:
 //   - sparse (backward_rows.cc): the support is saved, or is found again if it had no room;
-//   - dense (backward_dense.cc): α = 1, or a support of which a share of kDenseShare was seen that
-//     had no room.
+//   - dense (backward_dense.cc): α = 1, or supports that had no room and are large
+//     (IsDenseSupport).
 // The choice reads only the problem and the saved buffer.
 //
 // Sparse panels are taken in chunks that bound the memory of their entries. In a chunk first every
@@ -39,9 +39,6 @@
 namespace flash_entmax::cpu {
 namespace {
 
-// Of the keys that a panel sees: with more of them in supports, five products over all keys cost
-// less than rows gathered one by one.
-constexpr double kDenseShare = 0.125;
 // Entries of a chunk of sparse panels, unless one panel has more.
 constexpr int64_t kChunkEntries = int64_t{1} << 18;
 // Keys of one owner in the column pass: their gradients stay in the second-level cache.
@@ -116,10 +113,11 @@ class BackwardRun {
   void ChooseWays() {
     for (BackwardPanel& panel : panels_) {
       const SavedRow* rows = layout_.Rows(saved_) + panel.row;
-      // The dense way knows nothing of the bias's own shape.
-      panel.dense = !panel.all_kept && !bias_.wanted() &&
-                    (rows->has_mean != 0 || static_cast<double>(panel.entries) >=
-                                                kDenseShare * static_cast<double>(panel.visible));
+      // The dense way writes each score's own element of the bias's gradient, and sums none. For
+      // α > 2 p is so steep next to the threshold that it has to be made in double.
+      panel.dense = !panel.all_kept && (!bias_.wanted() || bias_.separate()) &&
+                    resolved_.alpha[static_cast<size_t>(panel.head)] <= 2.0 &&
+                    (rows->has_mean != 0 || IsDenseSupport(panel.entries, panel.visible));
     }
     ranges_.assign(static_cast<size_t>(groups_), {});
     for (const BackwardPanel& panel : panels_) {
@@ -338,8 +336,13 @@ class BackwardRun {
     for (const std::vector<DensePair>& pairs : phases) {
       For(pairs.size(), [&](size_t i, BackwardMemory<T>* memory) {
         const DensePair& pair = pairs[i];
-        DenseGradients(tensors_.Head(pair.sequence, pair.head), pair.first_row, pair.end_row,
-                       pair.first_key, pair.end_key, memory);
+        BackwardHead<T> head = tensors_.Head(pair.sequence, pair.head);
+        if (bias_.separate()) {
+          head.grad_bias = bias_.Head(SequenceAt(pair.sequence).batch, pair.head);
+          head.grad_bias_row_stride = bias_.query_stride();
+          head.grad_bias_key_stride = bias_.key_stride();
+        }
+        DenseGradients(head, pair.first_row, pair.end_row, pair.first_key, pair.end_key, memory);
       });
     }
     const std::vector<size_t> dense = DensePanels();

@@ -40,6 +40,11 @@ struct BackwardHead {
   double* grad_alpha = nullptr;
   double* grad_slope = nullptr;
   double* grad_query_scale = nullptr;
+  // The bias's gradient where every score has an element of its own, else null: element (row, key)
+  // of the head. For dense rows alone.
+  T* grad_bias = nullptr;
+  int64_t grad_bias_row_stride = 0;
+  int64_t grad_bias_key_stride = 0;
 };
 
 // One entry of the support on its way to its key: coefficients of dO and of the query.

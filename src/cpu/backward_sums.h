@@ -83,7 +83,11 @@ class BiasGradient {
  public:
   BiasGradient(const ResolvedAttention& resolved, const TensorView& bias,
                const MutableTensorView& gradient)
-      : heads_(resolved.heads), query_length_(resolved.query_length), gradient_(gradient) {
+      : batch_(resolved.batch),
+        heads_(resolved.heads),
+        query_length_(resolved.query_length),
+        key_length_(resolved.key_length),
+        gradient_(gradient) {
     if (!gradient || !bias) return;
     to_ = BroadcastStrides(gradient, 4);
     // Long sums in double: those over query rows. The others are at most batch·heads long.
@@ -96,6 +100,19 @@ class BiasGradient {
   }
 
   bool wanted() const { return static_cast<bool>(gradient_); }
+
+  // Whether every score has an element of its own, so that anyone may write it at any time.
+  bool separate() const {
+    return wanted() && (to_.stride[0] != 0 || batch_ == 1) && (to_.stride[1] != 0 || heads_ == 1) &&
+           (to_.stride[2] != 0 || query_length_ == 1) && (to_.stride[3] != 0 || key_length_ == 1);
+  }
+  // If separate(): the element of query 0 and key 0 of a head, and the distances between others.
+  T* Head(int64_t batch, int64_t head) {
+    std::vector<T>& sums = Sums();
+    return sums.data() + batch * to_.stride[0] + head * to_.stride[1];
+  }
+  int64_t query_stride() const { return to_.stride[2]; }
+  int64_t key_stride() const { return to_.stride[3]; }
 
   // Equal for panels that may add to the same element.
   int64_t Owner(int64_t batch, int64_t head, int64_t first_query) const {
@@ -131,8 +148,19 @@ class BiasGradient {
   }
 
  private:
+  // Of separate elements: sums over query rows have none.
+  std::vector<T>& Sums() {
+    if constexpr (std::is_same_v<T, double>) {
+      return double_;
+    } else {
+      return single_;
+    }
+  }
+
+  int64_t batch_;
   int64_t heads_;
   int64_t query_length_;
+  int64_t key_length_;
   MutableTensorView gradient_;
   BroadcastStrides to_;
   std::vector<double> double_;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention_resolved.h"
+#include "cpu/aligned_array.h"
 #include "cpu/attention_panel.h"
 #include "cpu/backward_inputs.h"
 #include "cpu/backward_kernels.h"
@@ -115,8 +116,8 @@ class BackwardTensors {
 
  private:
   struct PackedGroup {
-    std::unique_ptr<T[]> keys;
-    std::unique_ptr<T[]> values;
+    AlignedArray<T> keys;
+    AlignedArray<T> values;
   };
 
   void FillFactors(size_t rows) {
@@ -150,9 +151,9 @@ class BackwardTensors {
       if (range.first >= range.end) continue;
       // As large as the last key needs; what lies before the first is never touched.
       const auto keys = static_cast<size_t>(PaddedWidth(range.end, width));
-      packed_[group].keys.reset(new T[keys * static_cast<size_t>(resolved_.head_size)]);
+      packed_[group].keys = MakeAligned<T>(keys * static_cast<size_t>(resolved_.head_size));
       if (any_dense[group] != 0) {
-        packed_[group].values.reset(new T[keys * static_cast<size_t>(resolved_.value_size)]);
+        packed_[group].values = MakeAligned<T>(keys * static_cast<size_t>(resolved_.value_size));
       }
       for (int64_t first = range.first / width * width; first < range.end; first += width) {
         blocks.push_back({group, first});

@@ -65,43 +65,54 @@ bool AllFinite(const T* HWY_RESTRICT x, size_t n) {
   return hn::AllTrue(d, finite);
 }
 
-// Probabilities over the scores, in place; returns how many are positive.
+// Probabilities over the scores, in place; returns how many are positive. If `weights` is not null,
+// u goes there and its sum to *sum_u; for levels whose factor is 1.
 template <CurveKind kKind, typename T>
-int64_t DenseProbabilities(const Solution& solution, double max, size_t n, T* HWY_RESTRICT scores) {
+int64_t DenseProbabilities(const Solution& solution, double max, size_t n, T* HWY_RESTRICT scores,
+                           T* HWY_RESTRICT weights, double* sum_u) {
   const hn::ScalableTag<T> d;
   int64_t count = 0;
-  if constexpr (kKind == CurveKind::kSquare || kKind == CurveKind::kSparsemax) {
-    // p^m = top − slope·δ: both are accurate in T, so their difference is as good as the scores.
-    const auto top = hn::Set(d, static_cast<T>(1.0 - solution.level.shift));
-    const auto slope = hn::Set(d, static_cast<T>(solution.level.slope));
+  const auto at = VectorLevel<kKind, hn::ScalableTag<T>>::Of(d, solution.level, T{});
+  if (at.from_base() && solution.level.factor == 1.0) {
+    // t is as good as the scores are, and p has the error of a power in T.
     const auto vmax = hn::Set(d, static_cast<T>(max));
-    const auto zero = hn::Zero(d);
-    for (size_t i = 0; i < n; i += hn::Lanes(d)) {
-      const auto distance = hn::Sub(vmax, hn::LoadU(d, scores + i));
-      auto p = hn::Max(hn::NegMulAdd(slope, distance, top), zero);
-      if constexpr (kKind == CurveKind::kSquare) p = hn::Mul(p, p);
-      hn::StoreU(p, d, scores + i);
-      count += static_cast<int64_t>(hn::CountTrue(d, hn::Gt(p, zero)));
+    constexpr size_t kChunk = 1024;  // As in SumPowers().
+    for (size_t first = 0; first < n; first += kChunk) {
+      const size_t end = std::min(n, first + kChunk);
+      auto sum = hn::Zero(d);
+      for (size_t i = first; i < end; i += hn::Lanes(d)) {
+        hn::Vec<decltype(d)> p;
+        hn::Vec<decltype(d)> u;
+        at.template Evaluate<true>(d, hn::Sub(vmax, hn::LoadU(d, scores + i)), &p, &u);
+        hn::StoreU(p, d, scores + i);
+        count += static_cast<int64_t>(hn::CountTrue(d, hn::Gt(p, hn::Zero(d))));
+        if (weights == nullptr) continue;
+        hn::StoreU(u, d, weights + i);
+        sum = hn::Add(sum, u);
+      }
+      *sum_u += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
     }
     return count;
   }
   const DoubleTag dd;
+  auto sum = hn::Zero(dd);
   for (size_t i = 0; i < n; i += hn::Lanes(dd)) {
     const auto distance = hn::Sub(hn::Set(dd, max), LoadScores(dd, scores + i));
-    auto p = EvaluateLevel<kKind, T>(dd, distance, solution.level);
+    hn::Vec<DoubleTag> u;
+    auto p = EvaluateLevel<kKind, T>(dd, distance, solution.level, &u);
     if (solution.second.factor > 0.0) {
-      p = hn::Add(p, EvaluateLevel<kKind, T>(dd, distance, solution.second));
+      hn::Vec<DoubleTag> unused;
+      p = hn::Add(p, EvaluateLevel<kKind, T>(dd, distance, solution.second, &unused));
     }
-    if constexpr (std::is_same_v<T, float>) {
-      const hn::Rebind<float, DoubleTag> df;
-      const auto narrow = hn::DemoteTo(df, p);
-      hn::StoreU(narrow, df, scores + i);
-      count += static_cast<int64_t>(hn::CountTrue(df, hn::Gt(narrow, hn::Zero(df))));
-    } else {
-      hn::StoreU(p, dd, scores + i);
-      count += static_cast<int64_t>(hn::CountTrue(dd, hn::Gt(p, hn::Zero(dd))));
-    }
+    const auto value = ToScores<T>(p);
+    const hn::Rebind<T, DoubleTag> dt;
+    hn::StoreU(value, dt, scores + i);
+    count += static_cast<int64_t>(hn::CountTrue(dt, hn::Gt(value, hn::Zero(dt))));
+    if (weights == nullptr) continue;
+    hn::StoreU(ToScores<T>(u), dt, weights + i);
+    sum = hn::Add(sum, u);
   }
+  *sum_u = hn::GetLane(hn::SumOfLanes(dd, sum));
   return count;
 }
 
@@ -174,12 +185,25 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
   const auto stride = static_cast<size_t>((range.end - range.first) * kWidth);
   T* scores = memory->scores.data();
   bool nan_row[kTileRows] = {};
+  // α > 2 has no bound on u.
+  const bool keep_means =
+      memory->saved != nullptr && kKind != CurveKind::kSoftmax && input.curve.m <= 1.0;
+  if (keep_means && memory->weights.size() < kTileRows * stride) {
+    memory->weights.resize(kTileRows * stride);
+  }
+  double sum_u[kTileRows] = {};
+  const size_t room = stride + 2 * hn::MaxLanes(hn::ScalableTag<T>());
+  if (memory->candidates.size() < room) memory->candidates.resize(room);
+  // λ = max + c of the row before: rows of many weights have nearly the same.
+  double lambda = -std::numeric_limits<double>::infinity();
   for (int64_t r = 0; r < group.rows; ++r) {
     T* row = scores + static_cast<size_t>(r) * stride;
+    T* weights = keep_means ? memory->weights.data() + static_cast<size_t>(r) * stride : nullptr;
     const int64_t out_row = panel_row + r;
     T max = T{0};
     if (!FiniteMaximum(row, stride, &max, &nan_row[r])) {
       std::fill_n(row, stride, T{0});
+      if (keep_means) std::fill_n(weights, stride, T{0});
       FinishWithoutThreshold(nan_row[r], out_row, want_support, width, memory);
       continue;
     }
@@ -190,9 +214,12 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
     double lower = static_cast<double>(list.max) + list.offset - top;
     lower -= 1e-6 * (1.0 + std::abs(lower)) + 1e-15 * std::abs(top);
     lower = lower > 0.0 ? lower : 0.0;
-    const Solution solution = SolveLean<kKind>(row, stride, curve, top, lower);
+    const Solution solution =
+        SolveMany<kKind>(row, stride, curve, top, lower, lambda - top, memory->candidates.data());
+    if (curve.m <= 1.0) lambda = top + solution.level.shift / curve.m;
     memory->threshold[static_cast<size_t>(out_row)] = solution.threshold;
-    const int64_t count = DenseProbabilities<kKind>(solution, top, stride, row);
+    const int64_t count = DenseProbabilities<kKind>(solution, top, stride, row, weights, &sum_u[r]);
+    memory->mean_entries += count;
     if (want_support) AppendDenseSupport(row, stride, first_key, memory);
     if (memory->saved != nullptr) {
       memory->saved->Add(top, LevelNumber(curve, solution.level), nullptr, nullptr, count);
@@ -200,11 +227,24 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
   }
   for (int64_t r = group.rows; r < kTileRows; ++r) {
     std::fill_n(scores + static_cast<size_t>(r) * stride, stride, T{0});
+    if (keep_means) {
+      std::fill_n(memory->weights.data() + static_cast<size_t>(r) * stride, stride, T{0});
+    }
   }
   T* output = memory->output.data() + panel_row * width;
   const int64_t keys =
       std::min(input.mask.key_length - first_key, (range.end - range.first) * kWidth);
   MultiplyDense(scores, stride, keys, input.head, first_key, output);
+  if (keep_means) {
+    T* means = memory->means.data() + panel_row * width;
+    MultiplyDense(memory->weights.data(), stride, keys, input.head, first_key, means);
+    for (int64_t r = 0; r < group.rows; ++r) {
+      const T factor = static_cast<T>(sum_u[r] > 0.0 ? 1.0 / sum_u[r] : 0.0);
+      for (int64_t e = 0; e < width; ++e) means[r * width + e] *= factor;
+    }
+    // Sums of huge values may have left the range of T: then none is kept.
+    if (AllFinite(means, static_cast<size_t>(group.rows * width))) memory->mean_rows += group.rows;
+  }
   for (int64_t r = 0; r < group.rows; ++r) {
     T* out = output + r * width;
     if (std::isnan(memory->threshold[static_cast<size_t>(panel_row + r)])) {

@@ -57,7 +57,7 @@ void AppendFound(const T* HWY_RESTRICT scores, int32_t first_key, T limit,
 // Scores at or below it are exact zeros at this level; a little low, because probabilities decide.
 template <typename T>
 T LowestScore(const Curve& curve, const SavedRow& row, const Level& level) {
-  if (curve.kind == CurveKind::kSoftmax) return -Infinity<T>();
+  if (curve.m <= 0.0) return -Infinity<T>();
   const double reach = (1.0 - level.shift) / level.slope;
   const double slack =
       (std::abs(row.max) + reach) * 2.0 * static_cast<double>(std::numeric_limits<T>::epsilon());

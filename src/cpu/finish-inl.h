@@ -64,14 +64,17 @@ void AccumulateValues(const CandidateList<T>& list, const T* probability, const 
   }
 }
 
-// Probabilities of scores in T at a solved level.
+// Probabilities of scores in T at a solved level, and u without the level's factor.
 template <CurveKind kKind, typename T>
 HWY_INLINE hn::Vec<DoubleTag> EvaluateLevel(DoubleTag d, hn::Vec<DoubleTag> distance,
-                                            const Level& level) {
-  const auto y = hn::MulAdd(distance, hn::Set(d, level.slope), hn::Set(d, level.shift));
+                                            const Level& level, hn::Vec<DoubleTag>* u) {
+  const auto at = VectorLevel<kKind, DoubleTag>::Of(d, level, T{});
   hn::Vec<DoubleTag> p;
-  hn::Vec<DoubleTag> u;
-  EvaluateRoughly<kKind, T>(d, y, level.exponent, UsesRoughPower(level.exponent), &p, &u);
+  if (at.from_base()) {
+    at.template Evaluate<true>(d, distance, &p, u);
+  } else {
+    at.template Evaluate<false>(d, distance, &p, u);
+  }
   return hn::Mul(p, hn::Set(d, level.factor));
 }
 
@@ -96,9 +99,10 @@ void Probabilities(const Solution& solution, CandidateList<T>* list, T* probabil
   for (size_t i = 0; i < list->count; i += lanes) {
     const auto distance =
         hn::Sub(hn::Set(d, static_cast<double>(list->max)), LoadScores(d, &list->score[i]));
-    auto p = EvaluateLevel<kKind, T>(d, distance, solution.level);
+    hn::Vec<DoubleTag> unused;
+    auto p = EvaluateLevel<kKind, T>(d, distance, solution.level, &unused);
     if (solution.second.factor > 0.0) {
-      p = hn::Add(p, EvaluateLevel<kKind, T>(d, distance, solution.second));
+      p = hn::Add(p, EvaluateLevel<kKind, T>(d, distance, solution.second, &unused));
     }
     // Behind the end stands −∞, whose probability is zero. Written in place as Prune() does.
     const auto value = ToScores<T>(p);

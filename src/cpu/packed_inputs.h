@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_resolved.h"
+#include "cpu/aligned_array.h"
 #include "cpu/attention_panel.h"
 #include "cpu/parallel.h"
 #include "flash_entmax/tensor.h"
@@ -96,8 +97,8 @@ class PackedInputs {
     int64_t first_key;
   };
   struct Storage {
-    std::unique_ptr<T[]> keys;
-    std::unique_ptr<T[]> values;
+    AlignedArray<T> keys;
+    AlignedArray<T> values;
     const T* values_in_place = nullptr;
     int64_t value_stride = 0;
     std::unique_ptr<std::atomic<bool>> values_finite = std::make_unique<std::atomic<bool>>(true);
@@ -128,13 +129,14 @@ class PackedInputs {
     const Sequence& sequence = resolved_.sequences[static_cast<size_t>(s)];
     Storage& storage = heads_[Index(s, kv_head)];
     // Not initialised here: the threads that pack write every element.
-    storage.keys.reset(new T[static_cast<size_t>(KeyElements(resolved_, sequence, shape_))]);
+    storage.keys = MakeAligned<T>(static_cast<size_t>(KeyElements(resolved_, sequence, shape_)));
     if (in_place) {
       storage.values_in_place =
           static_cast<const T*>(problem_.value.data) + Offset(problem_.value, sequence, kv_head);
       storage.value_stride = problem_.value.strides[2];
     } else {
-      storage.values.reset(new T[static_cast<size_t>(ValueElements(resolved_, sequence, shape_))]);
+      storage.values =
+          MakeAligned<T>(static_cast<size_t>(ValueElements(resolved_, sequence, shape_)));
       storage.value_stride = RoundUp(resolved_.value_size, shape_.value_multiple);
     }
   }

@@ -52,6 +52,10 @@ inline Level LevelOf(const Curve& curve, double number) {
   return {number, curve.slope, curve.exponent, 1.0};
 }
 
+// Whether a panel's supports are so large that five products over all keys cost less than rows
+// gathered one by one.
+inline bool IsDenseSupport(int64_t entries, int64_t visible) { return 8 * entries >= visible; }
+
 // Sizes and offsets. The same for forward and backward if the problem, the options and the
 // instruction set are.
 struct SavedLayout {

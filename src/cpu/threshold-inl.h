@@ -31,7 +31,7 @@
 #include <type_traits>
 
 #include "cpu/curve.h"
-#include "hwy/contrib/math/math-inl.h"
+#include "cpu/powers-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -39,135 +39,6 @@ namespace flash_entmax::cpu {
 namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
-
-using DoubleTag = hn::ScalableTag<double>;
-using FloatTag = hn::ScalableTag<float>;
-
-// A vector of scores in the type that is computed in, from scores of that type or a narrower one.
-HWY_INLINE hn::Vec<DoubleTag> LoadScores(DoubleTag d, const double* p) { return hn::LoadU(d, p); }
-HWY_INLINE hn::Vec<DoubleTag> LoadScores(DoubleTag d, const float* p) {
-  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, DoubleTag>(), p));
-}
-HWY_INLINE hn::Vec<FloatTag> LoadScores(FloatTag d, const float* p) { return hn::LoadU(d, p); }
-
-// The whole number n ≥ 2 that `exponent` is, or 0: α = 1.25 and its like need no logarithm. Numbers
-// within rounding of α − 1 count: they change p by less than its own rounding.
-inline int WholeExponent(double exponent) {
-  const double nearest = std::nearbyint(exponent);
-  const bool whole = nearest >= 2.0 && nearest <= 16.0 && std::abs(exponent - nearest) <= 4e-15;
-  return whole ? static_cast<int>(nearest) : 0;
-}
-
-// x^exponent for float lanes of x in [0, 1], to about 2e-7·exponent: for bounds, which allow for
-// it. Polynomials interpolate log2(1 + f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in Chebyshev's
-// points. 0 where x is below the smallest normal number or the result would be.
-HWY_INLINE hn::Vec<FloatTag> RoughPower(FloatTag d, hn::Vec<FloatTag> x, float exponent) {
-  const hn::RebindToSigned<FloatTag> di;
-  const auto set = [d](float c) HWY_ATTR { return hn::Set(d, c); };
-  // x = 2^e·(1 + f) with 1 + f in [√½, √2).
-  const auto bits = hn::BitCast(di, x);
-  const auto e = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3F3504F3)));
-  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(e))), set(1.0f));
-  auto q = hn::MulAdd(f, set(-0.142759734f), set(0.232652579f));
-  q = hn::MulAdd(f, q, set(-0.249271822f));
-  q = hn::MulAdd(f, q, set(0.287288882f));
-  q = hn::MulAdd(f, q, set(-0.360225182f));
-  q = hn::MulAdd(f, q, set(0.480916708f));
-  q = hn::MulAdd(f, q, set(-0.721352931f));
-  q = hn::MulAdd(f, q, set(1.44269499f));
-  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
-  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-127.0f));
-  const auto whole = hn::Round(y);
-  const auto r = hn::Sub(y, whole);
-  auto w = hn::MulAdd(r, set(0.00133908634f), set(0.00967603192f));
-  w = hn::MulAdd(r, w, set(0.0555035711f));
-  w = hn::MulAdd(r, w, set(0.240221075f));
-  w = hn::MulAdd(r, w, set(0.693147188f));
-  w = hn::MulAdd(r, w, set(1.0f));
-  const auto scale =
-      hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 127))));
-  return hn::IfThenElseZero(hn::Ge(x, set(1.1754944e-38f)), hn::Mul(w, scale));
-}
-
-// The same in double, to about 2e-12·exponent: for scores in float, whose own rounding moves p by
-// far more. A third of the cost of a logarithm and an exponential to the last digit.
-HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, double exponent) {
-  const hn::RebindToSigned<DoubleTag> di;
-  const auto set = [d](double c) HWY_ATTR { return hn::Set(d, c); };
-  const auto bits = hn::BitCast(di, x);
-  const auto e = hn::ShiftRight<52>(hn::Sub(bits, hn::Set(di, 0x3FE6A09E667F3BCD)));
-  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<52>(e))), set(1.0));
-  auto q = hn::MulAdd(f, set(-0.0680628759039059609), set(0.131137437536866836));
-  q = hn::MulAdd(f, q, set(-0.134789287383660427));
-  q = hn::MulAdd(f, q, set(0.13062890256021096));
-  q = hn::MulAdd(f, q, set(-0.14252340755410016));
-  q = hn::MulAdd(f, q, set(0.160182261302960264));
-  q = hn::MulAdd(f, q, set(-0.180432685210201169));
-  q = hn::MulAdd(f, q, set(0.20610869528306625));
-  q = hn::MulAdd(f, q, set(-0.240446626777273036));
-  q = hn::MulAdd(f, q, set(0.28853876232996746));
-  q = hn::MulAdd(f, q, set(-0.360673789771006957));
-  q = hn::MulAdd(f, q, set(0.480898349072796079));
-  q = hn::MulAdd(f, q, set(-0.721347520343086323));
-  q = hn::MulAdd(f, q, set(1.44269504088620331));
-  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
-  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-1022.0));
-  const auto whole = hn::Round(y);
-  const auto r = hn::Sub(y, whole);
-  auto w = hn::MulAdd(r, set(1.3255224878668817e-6), set(0.0000153100794022492974));
-  w = hn::MulAdd(r, w, set(0.000154034558524538394));
-  w = hn::MulAdd(r, w, set(0.00133334505680006457));
-  w = hn::MulAdd(r, w, set(0.00961812915940255819));
-  w = hn::MulAdd(r, w, set(0.0555041094120593299));
-  w = hn::MulAdd(r, w, set(0.240226506958129882));
-  w = hn::MulAdd(r, w, set(0.693147180545933455));
-  w = hn::MulAdd(r, w, set(1.0));
-  const auto scale =
-      hn::BitCast(d, hn::ShiftLeft<52>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 1023))));
-  return hn::IfThenElseZero(hn::Ge(x, set(2.2250738585072014e-308)), hn::Mul(w, scale));
-}
-
-// Above it RoughPower() would be too rough.
-constexpr double kMaxRoughExponent = 32.0;
-
-inline bool UsesRoughPower(double exponent) {
-  return exponent > 1.0 && exponent <= kMaxRoughExponent && WholeExponent(exponent) == 0;
-}
-
-// p and u = p^(2−α) of one curve, as functions of y = m·c + slope·δ (of x = c + δ at m = 0). Lanes
-// outside the support, and δ = ∞, give 0. V is a vector of float or double.
-template <CurveKind kKind, class D, class V = hn::Vec<D>>
-HWY_INLINE void EvaluateCurve(D d, V y, double exponent, V* p, V* u) {
-  using T = hn::TFromD<D>;
-  const V zero = hn::Zero(d);
-  const V one = hn::Set(d, T{1});
-  if constexpr (kKind == CurveKind::kSoftmax) {
-    *p = hn::Exp(d, hn::Neg(y));
-    *u = *p;
-  } else if constexpr (kKind == CurveKind::kSparsemax) {
-    *p = hn::Max(hn::Sub(one, y), zero);
-    *u = hn::IfThenElseZero(hn::Gt(*p, zero), one);
-  } else if constexpr (kKind == CurveKind::kSquare) {
-    *u = hn::Max(hn::Sub(one, y), zero);
-    *p = hn::Mul(*u, *u);
-  } else {
-    const V t = hn::Sub(one, y);
-    if (const int power = WholeExponent(exponent); power != 0) {
-      const V base = hn::Max(t, zero);
-      *u = base;
-      for (int i = 2; i < power; ++i) *u = hn::Mul(*u, base);
-      *p = hn::Mul(*u, base);
-      return;
-    }
-    const auto inside =
-        hn::And(hn::Gt(t, zero), hn::Lt(hn::Abs(y), hn::Set(d, hwy::HighestValue<T>())));
-    // Lanes outside are moved to y = 0, where the logarithm is harmless.
-    const V log_t = hn::Log1p(d, hn::IfThenElseZero(inside, hn::Neg(y)));
-    const V power = hn::Exp(d, hn::Mul(log_t, hn::Set(d, static_cast<T>(exponent))));
-    *p = hn::IfThenElseZero(inside, power);
-    *u = hn::IfThenElseZero(inside, hn::Div(power, t));
-  }
-}
 
 // What one pass over the scores sums, at one level (without its factor).
 struct CurveSums {
@@ -227,54 +98,51 @@ CurveSums SumCurve(const T* HWY_RESTRICT scores, size_t n, const Level& level, d
   return sums;
 }
 
-// EvaluateCurve() for scores in T: where those are floats, powers are rough.
-template <CurveKind kKind, typename T, class D, class V = hn::Vec<D>>
-HWY_INLINE void EvaluateRoughly(D d, V y, double exponent, bool rough, V* p, V* u) {
-  if constexpr (kKind == CurveKind::kGeneral && std::is_same_v<T, float>) {
-    if (rough) {
-      using Compute = hn::TFromD<D>;
-      const V t = hn::Max(hn::Sub(hn::Set(d, Compute{1}), y), hn::Zero(d));
-      *u = RoughPower(d, t, static_cast<Compute>(exponent - 1.0));
-      *p = hn::Mul(*u, t);
-      return;
+template <CurveKind kKind, bool kFromBase, typename Compute, typename T>
+CurveSums SumPowersOf(const T* HWY_RESTRICT scores, size_t n, const Level& level, double max) {
+  const hn::ScalableTag<Compute> d;
+  using V = hn::Vec<decltype(d)>;
+  const V vmax = hn::Set(d, static_cast<Compute>(max));
+  const auto at = VectorLevel<kKind, hn::ScalableTag<Compute>>::Of(d, level, T{});
+  const auto evaluate = [&](size_t i, V* p, V* u) HWY_ATTR {
+    at.template Evaluate<kFromBase>(d, hn::Sub(vmax, LoadScores(d, scores + i)), p, u);
+  };
+  const size_t lanes = hn::Lanes(d);
+  // Long sums in double, so that those of float lanes round no more than a few dozen times.
+  constexpr size_t kChunk = 1024;
+  CurveSums sums;
+  for (size_t first = 0; first < n; first += kChunk) {
+    const size_t end = std::min(n, first + kChunk);
+    // Two of each, for the latency of additions.
+    V sum_p0 = hn::Zero(d);
+    V sum_p1 = sum_p0;
+    V sum_u0 = sum_p0;
+    V sum_u1 = sum_p0;
+    for (size_t i = first; i < end; i += 2 * lanes) {
+      V p;
+      V u;
+      evaluate(i, &p, &u);
+      sum_p0 = hn::Add(sum_p0, p);
+      sum_u0 = hn::Add(sum_u0, u);
+      evaluate(i + lanes, &p, &u);
+      sum_p1 = hn::Add(sum_p1, p);
+      sum_u1 = hn::Add(sum_u1, u);
     }
+    sums.p += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_p0, sum_p1))));
+    sums.u += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_u0, sum_u1))));
   }
-  EvaluateCurve<kKind>(d, y, exponent, p, u);
+  return sums;
 }
 
 // Σ p and Σ u alone, as SumCurve(), computed in Compute.
 template <CurveKind kKind, typename Compute, typename T>
-CurveSums SumPowers(const T* HWY_RESTRICT scores, size_t n, const Level& level, double max) {
-  const hn::ScalableTag<Compute> d;
-  using V = hn::Vec<decltype(d)>;
-  const V vmax = hn::Set(d, static_cast<Compute>(max));
-  const V slope = hn::Set(d, static_cast<Compute>(level.slope));
-  const V shift = hn::Set(d, static_cast<Compute>(level.shift));
-  const bool rough = UsesRoughPower(level.exponent);
-  const auto evaluate = [&](size_t i, V* p, V* u) HWY_ATTR {
-    const V y = hn::MulAdd(hn::Sub(vmax, LoadScores(d, scores + i)), slope, shift);
-    EvaluateRoughly<kKind, T>(d, y, level.exponent, rough, p, u);
-  };
-  // Two of each, for the latency of additions.
-  V sum_p0 = hn::Zero(d);
-  V sum_p1 = sum_p0;
-  V sum_u0 = sum_p0;
-  V sum_u1 = sum_p0;
-  const size_t lanes = hn::Lanes(d);
-  for (size_t i = 0; i < n; i += 2 * lanes) {
-    V p;
-    V u;
-    evaluate(i, &p, &u);
-    sum_p0 = hn::Add(sum_p0, p);
-    sum_u0 = hn::Add(sum_u0, u);
-    evaluate(i + lanes, &p, &u);
-    sum_p1 = hn::Add(sum_p1, p);
-    sum_u1 = hn::Add(sum_u1, u);
+CurveSums SumPowers(const T* scores, size_t n, const Level& level, double max) {
+  if constexpr (kKind == CurveKind::kGeneral) {
+    if (!PowerWay::Of<T>(level.exponent).from_base()) {
+      return SumPowersOf<kKind, false, Compute>(scores, n, level, max);
+    }
   }
-  CurveSums sums;
-  sums.p = static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_p0, sum_p1))));
-  sums.u = static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(sum_u0, sum_u1))));
-  return sums;
+  return SumPowersOf<kKind, true, Compute>(scores, n, level, max);
 }
 
 // Newton's step on the α-norm, from sums at some c.
@@ -421,8 +289,8 @@ Solution SolveForPeak(const T* scores, size_t n, const Curve& curve, double max)
   return solution;
 }
 
-// SolveCurve() by lean passes, for many scores or expensive powers: Newton's steps on sums in T
-// while they are long, then in double (for scores in float with powers good to about 1e-11).
+// SolveCurve() by lean passes, for expensive powers: Newton's steps on sums in T while they are
+// long, then in double (for scores in float with powers good to about 1e-11).
 template <CurveKind kKind, typename T>
 Solution SolveLean(const T* scores, size_t n, const Curve& curve, double max, double lower) {
   if ((kKind == CurveKind::kGeneral && curve.m > 1.0)) return SolveForPeak(scores, n, curve, max);
@@ -436,6 +304,70 @@ Solution SolveLean(const T* scores, size_t n, const Curve& curve, double max, do
     c += change;
     if (std::abs(change) <= kLastLeanStep * (1.0 + std::abs(c)) || (pass > 1 && change <= 0.0))
       break;
+  }
+  Solution solution;
+  solution.level = curve.LevelAt(c);
+  solution.threshold = curve.Threshold(max, c);
+  return solution;
+}
+
+// Copies the scores above `bound` to `out`, followed by two vectors of −∞; returns how many. n is a
+// multiple of a vector; `out` has room for n and two vectors.
+template <typename T>
+size_t CopyAbove(const T* HWY_RESTRICT scores, size_t n, T bound, T* HWY_RESTRICT out) {
+  const hn::ScalableTag<T> d;
+  const auto limit = hn::Set(d, bound);
+  size_t count = 0;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto s = hn::LoadU(d, scores + i);
+    const auto above = hn::Gt(s, limit);
+    hn::StoreU(hn::Compress(s, above), d, out + count);
+    count += hn::CountTrue(d, above);
+  }
+  const auto lowest = hn::Set(d, -std::numeric_limits<T>::infinity());
+  hn::StoreU(lowest, d, out + count);
+  hn::StoreU(lowest, d, out + count + hn::Lanes(d));
+  return count;
+}
+
+// SolveCurve() for so many scores that every pass counts: evaluated in T, so that Σ p is 1 to a few
+// roundings of T. `guess` is where the answer may be, from a row like this one; −∞ for none. `room`
+// is for n scores and two vectors.
+template <CurveKind kKind, typename T>
+Solution SolveMany(const T* scores, size_t n, const Curve& curve, double max, double lower,
+                   double guess, T* room) {
+  if ((kKind == CurveKind::kGeneral && curve.m > 1.0)) return SolveForPeak(scores, n, curve, max);
+  constexpr double kEpsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
+  double c = std::max(lower, guess);
+  double last_step = std::numeric_limits<double>::quiet_NaN();  // None.
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    const CurveSums sums = SumPowers<kKind, T>(scores, n, curve.LevelAt(c), max);
+    if (!(sums.p > 0.0 && sums.u > 0.0) && c > lower) {  // A guess beyond every entry.
+      c = lower;
+      continue;
+    }
+    // From the right of the answer a step lands on its left, for the reason why one from the left
+    // stays there.
+    const double next = std::max(lower, c + NewtonStep<kKind>(sums, curve.m));
+    const double step = next - c;
+    c = next;
+    // What a change of c does to Σ p.
+    const double weight = sums.u / sums.p;
+    if (std::abs(step) * weight <= 4.0 * kEpsilon || (pass > 1 && step <= 0.0)) break;
+    // Newton's method squares the error, so two steps tell how large it is now, where p has a slope
+    // without jumps; with a margin for the entries that leave the support.
+    if (std::is_same_v<T, float> && curve.m <= 0.5) {
+      const double error = std::abs(step) * (step / last_step) * (step / last_step);
+      if (error * weight <= kEpsilon / 128.0) break;  // Never the first.
+    }
+    last_step = step;
+    // What is at or below this bound stays zero. With a margin for the rounding of the sums.
+    if (pass == 0 && curve.m > 0.0) {
+      const double reach = curve.Reach(std::max(lower, c - kRoundingOf<T> * (1.0 + c)));
+      const double slack = (std::abs(max) + reach) * 4.0 * kEpsilon;
+      n = CopyAbove(scores, n, static_cast<T>(max - reach - slack), room);
+      scores = room;
+    }
   }
   Solution solution;
   solution.level = curve.LevelAt(c);

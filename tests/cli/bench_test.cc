@@ -52,7 +52,7 @@ TEST(Bench, PrintsTheCommandToRepeatIt) {
 TEST(Bench, RejectsBadOptions) {
   ExpectBadInput({"bench", "attention", "--workload", "other"}, "workload: got 'other'");
   ExpectBadInput({"bench", "attention", "--workload", "gauss(-1)"}, "gauss(-1)");
-  ExpectBadInput({"bench", "attention", "--alpha", "0.5", "--length", "8"}, "alpha");
+  ExpectBadInput({"bench", "attention", "--alpha", "-0.5", "--length", "8"}, "alpha");
   ExpectBadInput({"bench", "attention", "--heads", "3", "--kv-heads", "2"}, "--kv-heads");
   ExpectBadInput({"bench", "mapping", "--alpha", "-1", "--rows", "2"}, "alpha");
   ExpectBadInput({"bench", "mapping", "--rows", "0"}, "--rows");

@@ -34,10 +34,11 @@ TEST(Plan, NeedsNoMemoryForTheTensors) {
 TEST(Plan, DiffersForSoftmax) {
   EXPECT_NE(RunForJson({"plan", "--alpha", "1"})["plan"]["path"],
             RunForJson({"plan", "--alpha", "1.5"})["plan"]["path"]);
+  EXPECT_EQ(RunForJson({"plan", "--alpha", "0.5"})["plan"]["path"], "dense products");
 }
 
 TEST(Plan, RejectsWhatCannotBeRun) {
-  ExpectBadInput({"plan", "--alpha", "0.5"}, "alpha");
+  ExpectBadInput({"plan", "--alpha", "0"}, "alpha");
   ExpectBadInput({"plan", "--alpha", "nan"}, "alpha");
   ExpectBadInput({"plan", "--dtype", "int8"}, "--dtype: got int8; must be float64");
   ExpectBadInput({"plan", "--heads", "3", "--kv-heads", "2"}, "heads");

@@ -235,7 +235,7 @@ TEST_F(RunTest, BadInputWritesNothing) {
   expect({"--q", "vector"}, "--q 'vector': got shape [3]; must be [batch, heads, length, size]");
   expect({"--q", "deep"}, "--q 'deep'");
   expect({"--q", "integers", "--k", "integers", "--v", "integers"}, "query");
-  expect({"--alpha", "0.9"}, "alpha");
+  expect({"--alpha", "-0.9"}, "alpha");
   expect({"--alpha", "nan"}, "alpha");
   expect({"--scale", "inf"}, "scale");
   expect({"--window-right", "-1"}, "window_right");

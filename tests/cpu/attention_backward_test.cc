@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <sstream>
@@ -42,7 +43,7 @@ TEST(AttentionBackward, EveryCombinationOfMasksAndModifiers) {
   Random random(1);
   const std::vector<DType> dtypes = {DType::kFloat32, DType::kFloat64, DType::kBFloat16,
                                      DType::kFloat16};
-  const std::vector<double> alphas = {1.5, 2.0, 1.25, 1.0, 1.1};
+  const std::vector<double> alphas = {1.5, 2.0, 1.25, 1.0, 1.1, 0.5, 0.8};
   const std::vector<int64_t> capacities = {-1, 0, 40};
   for (uint32_t bits = 0; bits < (1u << AttentionFeatures::kCount); ++bits) {
     const AttentionFeatures features = AttentionFeatures::FromBits(bits);
@@ -77,7 +78,7 @@ TEST(AttentionBackward, OddSizes) {
   SCOPED_TRACE(SeedMessage());
   Random random(2);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
-    for (const double alpha : {1.0, 1.5, 2.0}) {
+    for (const double alpha : {0.5, 1.0, 1.5, 2.0}) {
       for (const int64_t queries : {1, 11, 13, 95, 97}) {
         for (const int64_t keys : {1, 31, 33, 95, 97, 200}) {
           for (const int64_t capacity : {-1, 0}) {
@@ -105,12 +106,12 @@ TEST(AttentionBackward, OddSizes) {
 TEST(AttentionBackward, LongRows) {
   SCOPED_TRACE(SeedMessage());
   Random random(3);
-  for (const double alpha : {1.0, 1.1, 1.5, 2.0}) {
+  for (const double alpha : {0.5, 1.0, 1.1, 1.3, 1.5, 2.0}) {
     for (const double deviation : {0.05, 1.0, 4.0}) {
       for (const int64_t capacity : {-1, 300, 0}) {
         AttentionFeatures features;
         features.causal = true;
-        AttentionCase data({1, 2, 1, 110, 700, 20, 18}, features, DType::kFloat32, alpha, &random);
+        AttentionCase data({1, 1, 1, 110, 700, 20, 18}, features, DType::kFloat32, alpha, &random);
         data.query.SetValues(random.GaussVector(static_cast<size_t>(data.query.size()), deviation));
         SCOPED_TRACE("alpha " + std::to_string(alpha) + " deviation " + std::to_string(deviation) +
                      " capacity " + std::to_string(capacity));
@@ -128,7 +129,7 @@ TEST(AttentionBackward, LongRows) {
 TEST(AttentionBackward, FiniteDifferences) {
   SCOPED_TRACE(SeedMessage());
   Random random(4);
-  for (const double alpha : {1.0, 1.25, 1.5}) {
+  for (const double alpha : {0.4, 0.9, 1.0, 1.25, 1.5, 2.5}) {
     for (const int64_t capacity : {-1, 0}) {
       AttentionFeatures features;
       features.causal = true;
@@ -169,9 +170,109 @@ TEST(AttentionBackward, FiniteDifferences) {
   }
 }
 
+// α > 2: u = p^(2−α) grows without bound as p falls, so gradients of random scores have no bound
+// on their error. Scores on a grid of exact numbers keep every probability away from zero.
+TEST(AttentionBackward, AlphaAboveTwo) {
+  SCOPED_TRACE(SeedMessage());
+  Random random(11);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const double alpha : {2.5, 3.0, 4.0}) {
+      if (dtype == DType::kFloat32 && alpha > 3.0) continue;  // Nothing would be left to compare.
+      for (const int64_t keys : {12, 150}) {
+        for (const int64_t capacity : {-1, 0}) {
+          for (const bool bias_gradient : {false, true}) {
+            AttentionFeatures features;
+            features.causal = true;
+            features.bias = true;
+            features.key_mask = true;
+            features.query_scale = true;
+            AttentionCase data({1, 4, 2, 30, keys, 4, 5}, features, dtype, alpha, &random);
+            data.query_scale = StoredTensor(DType::kFloat64, {1, 4, 30});
+            data.bias = StoredTensor(DType::kFloat64, {1, 4, 30, keys});
+            const auto set = [&](StoredTensor* tensor, double step) {
+              std::vector<double> values = tensor->Values();
+              for (double& x : values) x = step * static_cast<double>(random.Integer(-1, 1));
+              tensor->SetValues(values);
+            };
+            set(&data.query, 0.25);  // Times the scale of 1/2.
+            set(&data.key, 1.0);
+            set(&data.query_scale, 1.0);
+            set(&data.bias, 0.25);
+            SCOPED_TRACE(std::string(NameOf(dtype)) + " alpha " + std::to_string(alpha) + " keys " +
+                         std::to_string(keys) + " capacity " + std::to_string(capacity));
+            BackwardCase c(std::move(data), &random);
+            if (!bias_gradient) c.gradients.bias = {};
+            AttentionOptions options;
+            options.support_capacity = capacity;
+            // Rounding is multiplied by u ≤ keys^(α−2) or so, in sums of that many terms; where few
+            // keys share a row, a level of the grid may come so near the threshold that u is 1e5.
+            const double epsilon = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
+            const double usual = dtype == DType::kFloat64 ? 1e-10 : 3e-5;
+            const double rounding = epsilon * std::pow(static_cast<double>(keys), alpha - 1.0);
+            RunAndCompare(&c, options, {std::max(usual, rounding)});
+            if (HasFatalFailure()) return;
+          }
+        }
+      }
+    }
+  }
+}
+
+// A bias with an element for every score, which the dense way serves, and one that is shared, which
+// takes the lists.
+TEST(AttentionBackward, BiasOfLargeSupports) {
+  SCOPED_TRACE(SeedMessage());
+  Random random(13);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const double alpha : {0.5, 1.3, 1.5}) {
+      for (const bool shared : {false, true}) {
+        AttentionFeatures features;
+        features.causal = true;
+        features.bias = true;
+        features.softcap = true;
+        AttentionCase data({2, 2, 1, 60, 120, 12, 12}, features, dtype, alpha, &random);
+        data.bias = StoredTensor(DType::kFloat64, {shared ? 1 : 2, 2, 60, 120});
+        data.bias.SetValues(random.GaussVector(static_cast<size_t>(data.bias.size()), 0.1));
+        SCOPED_TRACE(std::string(NameOf(dtype)) + " alpha " + std::to_string(alpha));
+        BackwardCase c(std::move(data), &random);
+        AttentionOptions options;
+        options.support_capacity = 0;
+        RunAndCompare(&c, options);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Heads below, at and above α = 1 in one call.
+TEST(AttentionBackward, AlphaOfEveryKindInOneCall) {
+  SCOPED_TRACE(SeedMessage());
+  Random random(12);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const int64_t keys : {40, 250}) {
+      for (const bool masked : {false, true}) {
+        AttentionFeatures features;
+        features.causal = true;
+        features.alibi = true;
+        features.alpha_per_head = true;
+        features.key_mask = masked;
+        AttentionCase data({1, 6, 2, 120, keys, 16, 12}, features, dtype, 1.5, &random);
+        data.alpha_per_head.SetValues({1e-3, 0.5, 1.0, 1.3, 1.5, 2.0});
+        if (masked) {  // So few keys that the support is none of the dense way's.
+          for (int64_t j = 0; j < keys; ++j) data.key_mask.Set({0, j}, j % 16 == 0 ? 1.0 : 0.0);
+        }
+        SCOPED_TRACE(std::string(NameOf(dtype)) + " keys " + std::to_string(keys));
+        BackwardCase c(std::move(data), &random);
+        RunAndCompare(&c, {});
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 TEST(AttentionBackward, SameBitsForAnyNumberOfThreads) {
   SCOPED_TRACE(SeedMessage());
-  for (const double alpha : {1.0, 1.5}) {
+  for (const double alpha : {0.5, 1.0, 1.3, 1.5}) {
     for (const double deviation : {0.05, 1.0}) {
       for (const int64_t capacity : {-1, 1000}) {
         std::vector<std::vector<uint8_t>> first;
@@ -206,7 +307,7 @@ TEST(AttentionBackward, SameBitsForAnyNumberOfThreads) {
 TEST(AttentionBackward, NotANumberInQueryOrKey) {
   SCOPED_TRACE(SeedMessage());
   Random random(6);
-  for (const double alpha : {1.0, 1.5}) {
+  for (const double alpha : {0.5, 1.0, 1.5}) {
     for (const int64_t capacity : {-1, 0}) {
       for (const bool bad_key : {false, true}) {
         AttentionFeatures features;
@@ -237,7 +338,7 @@ TEST(AttentionBackward, NotANumberInQueryOrKey) {
 TEST(AttentionBackward, NotANumberInGradientOrHiddenValue) {
   SCOPED_TRACE(SeedMessage());
   Random random(7);
-  for (const double alpha : {1.0, 1.5, 2.0}) {
+  for (const double alpha : {0.5, 1.0, 1.5, 2.0}) {
     for (const int64_t capacity : {-1, 0}) {
       AttentionFeatures features;
       features.causal = true;

@@ -33,7 +33,7 @@ TEST(Attention, EveryCombinationOfMasksAndModifiers) {
   Random random(1);
   const std::vector<DType> dtypes = {DType::kFloat32, DType::kFloat64, DType::kBFloat16,
                                      DType::kFloat16};
-  const std::vector<double> alphas = {1.5, 2.0, 1.25, 1.0, 3.0};
+  const std::vector<double> alphas = {1.5, 2.0, 1.25, 1.0, 3.0, 0.5, 0.9};
   for (uint32_t bits = 0; bits < (1u << AttentionFeatures::kCount); ++bits) {
     const AttentionFeatures features = AttentionFeatures::FromBits(bits);
     if (!features.IsValid()) continue;
@@ -62,7 +62,7 @@ TEST(Attention, OddSizes) {
   SCOPED_TRACE(SeedMessage());
   Random random(2);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
-    for (const double alpha : {1.0, 1.5, 2.0}) {
+    for (const double alpha : {0.5, 1.0, 1.5, 2.0}) {
       for (const int64_t queries : {1, 5, 6, 7, 11, 12, 13, 47, 48, 49}) {
         for (const int64_t keys : {1, 15, 16, 17, 31, 32, 33, 127, 128, 129}) {
           AttentionFeatures features;
@@ -83,11 +83,11 @@ TEST(Attention, OddSizes) {
 TEST(Attention, LongRows) {
   SCOPED_TRACE(SeedMessage());
   Random random(3);
-  for (const double alpha : {1.0, 1.1, 1.5, 1.75, 2.0, 4.0}) {
+  for (const double alpha : {0.5, 1.0, 1.1, 1.3, 1.5, 1.75, 2.0, 4.0}) {
     for (const double deviation : {0.05, 1.0, 4.0}) {
       AttentionFeatures features;
       features.causal = true;
-      AttentionCase data({1, 2, 1, 50, 1500, 32, 24}, features, DType::kFloat32, alpha, &random);
+      AttentionCase data({1, 1, 1, 50, 1500, 32, 24}, features, DType::kFloat32, alpha, &random);
       data.query.SetValues(random.GaussVector(static_cast<size_t>(data.query.size()), deviation));
       SCOPED_TRACE("alpha " + std::to_string(alpha) + " deviation " + std::to_string(deviation));
       RunAndCompare(data, DType::kFloat32, true, nullptr);
@@ -121,7 +121,7 @@ TEST(Attention, AdversarialOrders) {
       {"two levels at the edge", [](int64_t i) { return i < 4 ? 0.0 : -0.9999; }},
       {"masked tail", [](int64_t i) { return i > 5 ? -HUGE_VAL : 0.1 * static_cast<double>(i); }}};
   for (const auto& [name, score] : orders) {
-    for (const double alpha : {1.0, 1.25, 1.5, 2.0, 5.0}) {
+    for (const double alpha : {0.3, 1.0, 1.25, 1.5, 2.0, 5.0}) {
       SCOPED_TRACE(name + " alpha " + std::to_string(alpha));
       std::vector<double> scores(n);
       for (int64_t i = 0; i < n; ++i) scores[static_cast<size_t>(i)] = score(i);
@@ -133,7 +133,7 @@ TEST(Attention, AdversarialOrders) {
 
 TEST(Attention, NotANumberStaysInItsRow) {
   Random random(5);
-  for (const double alpha : {1.0, 1.5}) {
+  for (const double alpha : {0.5, 1.0, 1.5, 3.0}) {
     for (const bool bad_key : {false, true}) {
       AttentionFeatures features;
       features.causal = true;
@@ -153,7 +153,7 @@ TEST(Attention, NotANumberStaysInItsRow) {
 
 TEST(Attention, HiddenValuesDoNotMatter) {
   Random random(6);
-  for (const double alpha : {1.0, 1.5}) {
+  for (const double alpha : {0.5, 1.0, 1.5, 3.0}) {
     AttentionFeatures features;
     features.causal = true;
     AttentionCase data({1, 1, 1, 50, 50, 8, 8}, features, DType::kFloat32, alpha, &random);
@@ -169,7 +169,7 @@ TEST(Attention, HiddenValuesDoNotMatter) {
 TEST(Attention, SameBitsForAnyNumberOfThreads) {
   SCOPED_TRACE(SeedMessage());
   Random random(7);
-  for (const double alpha : {1.0, 1.5}) {
+  for (const double alpha : {0.5, 1.0, 1.3, 1.5, 3.0}) {
     AttentionFeatures features;
     features.causal = true;
     const AttentionCase data({2, 4, 2, 150, 300, 16, 16}, features, DType::kFloat32, alpha,
@@ -185,6 +185,45 @@ TEST(Attention, SameBitsForAnyNumberOfThreads) {
       EXPECT_EQ(one.support.probability, many.support.probability);
     }
   }
+}
+
+// Heads below, at and above α = 1 in one call.
+TEST(Attention, AlphaOfEveryKindInOneCall) {
+  SCOPED_TRACE(SeedMessage());
+  Random random(10);
+  for (const int64_t keys : {40, 900}) {
+    for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+      AttentionFeatures features;
+      features.causal = true;
+      features.alpha_per_head = true;
+      AttentionCase data({1, 6, 2, 20, keys, 16, 12}, features, dtype, 1.5, &random);
+      data.alpha_per_head.SetValues({1e-3, 0.5, 1.0, 1.3, 2.0, 3.0});
+      SCOPED_TRACE(std::to_string(keys) + " keys " + NameOf(dtype));
+      for (const bool with_support : {false, true}) {
+        RunAndCompare(data, dtype, with_support, nullptr);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(Attention, PlanSaysHowEveryHeadRuns) {
+  Random random(11);
+  const auto path = [&](const std::vector<double>& alphas) {
+    AttentionFeatures features;
+    features.alpha_per_head = true;
+    AttentionCase data({1, static_cast<int64_t>(alphas.size()), 1, 3, 5, 4, 4}, features,
+                       DType::kFloat64, 1.5, &random);
+    data.alpha_per_head.SetValues(alphas);
+    return PlanAttention(data.problem()).value().path;
+  };
+  EXPECT_EQ(path({1.5, 3.0}), "one-pass candidates");
+  EXPECT_EQ(path({1.0, 1.0}), "online softmax");
+  EXPECT_EQ(path({0.5, 0.9}), "dense products");
+  EXPECT_EQ(path({1.0, 0.9}), "online softmax; dense products for heads with alpha below 1");
+  EXPECT_EQ(path({0.5, 1.0, 2.0}),
+            "one-pass candidates; online softmax for heads with alpha 1; dense products for heads "
+            "with alpha below 1");
 }
 
 TEST(Attention, EmptyDimensions) {
@@ -223,7 +262,7 @@ class BadAttentionInput : public ::testing::Test {
 };
 
 TEST_F(BadAttentionInput, Numbers) {
-  for (const double alpha : {0.99, 0.0, -1.0, static_cast<double>(std::nan("")), HUGE_VAL}) {
+  for (const double alpha : {0.0, -0.5, static_cast<double>(std::nan("")), HUGE_VAL}) {
     problem_.alpha = alpha;
     ExpectRejected("alpha");
   }
@@ -302,6 +341,11 @@ TEST_F(BadAttentionInput, OptionalTensors) {
   ExpectRejected("alibi_slopes");
   problem_ = data_.problem();
   problem_.alpha_per_head = wrong.view();
+  ExpectRejected("alpha_per_head");
+  StoredTensor alphas(DType::kFloat32, {4});
+  alphas.SetValues({1.5, 0.5, 0.0, 1.0});
+  problem_ = data_.problem();
+  problem_.alpha_per_head = alphas.view();
   ExpectRejected("alpha_per_head");
   problem_ = data_.problem();
   problem_.cu_query = integers.view();

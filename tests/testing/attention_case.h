@@ -102,7 +102,7 @@ class AttentionCase {
     if (features.alpha_per_head) {
       alpha_per_head = StoredTensor(DType::kFloat64, {shape.heads});
       for (int64_t h = 0; h < shape.heads; ++h) {
-        alpha_per_head.Set({h}, h == 0 ? alpha : random->Pick<double>({1.0, 1.1, 1.25, 1.3}));
+        alpha_per_head.Set({h}, h == 0 ? alpha : random->Pick<double>({0.6, 1.0, 1.1, 1.25, 1.3}));
       }
     }
     if (features.key_mask) {

@@ -9,7 +9,7 @@ namespace flash_entmax::cli {
 void AttentionFlags::AddAlphaTo(CLI::App& command) {
   command
       .add_option("--alpha", alpha,
-                  "α of the mapping, ≥ 1: 1 is softmax, 2 sparsemax; larger is sparser")
+                  "α of the mapping, > 0: 1 is softmax, 2 sparsemax; larger is sparser")
       ->capture_default_str();
 }
 

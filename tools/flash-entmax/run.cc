@@ -125,7 +125,7 @@ Status Compute(const CommonOptions& common, const AttentionProblem& problem,
   run.num_threads = common.threads;
   statistics.rows = problem.query.shape[0] * problem.query.shape[1] * problem.query.shape[2];
   statistics.pairs = VisiblePairs(problem) * problem.query.shape[1];
-  // Softmax keeps every key, which needs no list to count.
+  // Up to α = 1 every key is kept, which needs no list to count.
   const bool count = problem.alpha > 1.0;
   if (!count) statistics.entries = statistics.pairs;
 

@@ -75,8 +75,8 @@ def _check_alpha(alpha: Any, depth: int = 0) -> Any:
             f"alpha: got {type(alpha).__name__}; must be a number, one a layer, or one a layer and "
             "head"
         )
-    if not (math.isfinite(alpha) and alpha >= 1.0):
-        raise ValueError(f"alpha: got {alpha}; must be finite and ≥ 1")
+    if not (math.isfinite(alpha) and alpha > 0.0):
+        raise ValueError(f"alpha: got {alpha}; must be finite and > 0")
     return float(alpha)
 
 
@@ -86,7 +86,7 @@ def set_alpha(model: nn.Module, alpha: Alpha) -> None:
     Parameters
     ----------
     alpha : float or list
-        ≥ 1: a number, a list with one a layer, or a list with one list a layer (one a head). It is
+        > 0: a number, a list with one a layer, or a list with one list a layer (one a head). It is
         kept in the configuration as ``flash_entmax_alpha``, and saved with the model.
     """
     alpha = _check_alpha(alpha)

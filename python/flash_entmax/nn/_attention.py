@@ -37,7 +37,7 @@ class EntmaxAttention(nn.Module):
     head_size : int, optional
         ``features // heads`` if not given.
     alpha : float
-        ≥ 1. The value, or where learning starts.
+        > 0 (on GPUs in (1, 2]). The value, or where learning starts.
     learnable_alpha : bool
         Whether every head learns its α, as 1 + sigmoid(a) in (1, 2) (adaptively sparse
         transformers: Correia, Niculae & Martins 2019).

@@ -152,7 +152,7 @@ void AddBenchAttentionCommand(CLI::App& bench, Context& context) {
       "128×64 tiles of query-key pairs in which every visible probability is an exact zero.");
   command->add_option("--workload", options->workloads, "Workloads to measure")
       ->capture_default_str();
-  command->add_option("--alpha", options->alphas, "α ≥ 1 to measure; several are compared in turn")
+  command->add_option("--alpha", options->alphas, "α > 0 to measure; several are compared in turn")
       ->delimiter(',')
       ->capture_default_str();
   const auto size = CLI::Range(int64_t{1}, int64_t{1} << 32);

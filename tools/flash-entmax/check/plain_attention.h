@@ -35,14 +35,15 @@ std::vector<T> PlainMapping(std::vector<T> scores, T alpha) {
   } else {
     const T m = alpha - T(1);
     const auto power = [m](T x) { return x > T(0) ? std::pow(x, T(1) / m) : T(0); };
-    T low = -T(1);  // The threshold minus m times the largest score.
-    T high = T(0);
+    // The threshold minus m times the largest score; below α = 1 the sum rises with it.
+    T low = m > T(0) ? -T(1) : -std::pow(static_cast<T>(scores.size()), -m);
+    T high = m > T(0) ? T(0) : -T(1);
     while (true) {
       const T middle = (low + high) / T(2);
       if (!(low < middle && middle < high)) break;
       T sum = 0;
       for (const T s : scores) sum += power(m * (s - largest) - middle);
-      (sum >= T(1) ? low : high) = middle;
+      ((sum >= T(1)) == (m > T(0)) ? low : high) = middle;
     }
     for (T& x : p) x = power(m * (x - largest) - low);
   }
