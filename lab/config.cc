@@ -37,6 +37,10 @@ const Names<Norm>& NormNames() {
   static const Names<Norm> names = {{"pre", Norm::kPre}, {"pre_post", Norm::kPreAndPost}};
   return names;
 }
+const Names<Optimizer>& OptimizerNames() {
+  static const Names<Optimizer> names = {{"adamw", Optimizer::kAdamW}, {"muon", Optimizer::kMuon}};
+  return names;
+}
 const Names<Precision>& PrecisionNames() {
   static const Names<Precision> names = {{"float32", Precision::kFloat32},
                                          {"bfloat16", Precision::kBFloat16}};
@@ -213,6 +217,8 @@ void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
   fields.Whole("batch", &training->batch, 1, 1 << 20);
   fields.Whole("min_length", &training->min_length, 1, 1 << 24);
   fields.Whole("max_length", &training->max_length, 1, 1 << 24);
+  fields.Choice("optimizer", &training->optimizer, OptimizerNames());
+  fields.Real("muon_rate", &training->muon_rate, 0, 10);
   fields.Real("learning_rate", &training->learning_rate, 0, 10);
   fields.Whole("warmup", &training->warmup, 0, kMany);
   fields.Real("final_rate", &training->final_rate, 0, 1);
@@ -403,59 +409,64 @@ std::string RunToJson(const RunConfig& run) {
   const ModelConfig& model = run.model;
   const TrainingConfig& training = run.training;
   const EvaluationConfig& evaluation = run.evaluation;
-  const Json json = {{"name", run.recipe},
-                     {"variant", run.variant},
-                     {"seed", run.seed},
-                     {"task",
-                      {{"name", task.name},
-                       {"symbols", task.symbols},
-                       {"modulus", task.modulus},
-                       {"distance", task.distance},
-                       {"items", task.items},
-                       {"write", task.write},
-                       {"read", task.read},
-                       {"key_symbols", task.key_symbols},
-                       {"value_symbols", task.value_symbols},
-                       {"vocabulary", task.vocabulary},
-                       {"queries", task.queries},
-                       {"few_pairs", task.few_pairs},
-                       {"collisions", task.collisions}}},
-                     {"model",
-                      {{"layers", model.layers},
-                       {"width", model.width},
-                       {"mlp", model.mlp},
-                       {"heads", model.heads},
-                       {"norm", NameIn(NormNames(), model.norm)},
-                       {"attention", NameOf(model.attention)},
-                       {"alpha", model.alpha},
-                       {"positions", NameOf(model.positions)},
-                       {"rope_base", model.rope_base},
-                       {"init", model.init},
-                       {"scaler_start", model.scaler_start},
-                       {"scaler_random", model.scaler_random}}},
-                     {"training",
-                      {{"steps", training.steps},
-                       {"batch", training.batch},
-                       {"min_length", training.min_length},
-                       {"max_length", training.max_length},
-                       {"learning_rate", training.learning_rate},
-                       {"warmup", training.warmup},
-                       {"final_rate", training.final_rate},
-                       {"beta1", training.beta1},
-                       {"beta2", training.beta2},
-                       {"weight_decay", training.weight_decay},
-                       {"clip", training.clip},
-                       {"precision", NameIn(PrecisionNames(), training.precision)},
-                       {"log_every", training.log_every},
-                       {"evaluate_every", training.evaluate_every},
-                       {"checkpoint_seconds", training.checkpoint_seconds}}},
-                     {"evaluation",
-                      {{"length", evaluation.length},
-                       {"multiples", evaluation.multiples},
-                       {"samples", evaluation.samples},
-                       {"total_tokens", evaluation.total_tokens},
-                       {"max_tokens", evaluation.max_tokens},
-                       {"statistics_rows", evaluation.statistics_rows}}}};
+  Json json = {{"name", run.recipe},
+               {"variant", run.variant},
+               {"seed", run.seed},
+               {"task",
+                {{"name", task.name},
+                 {"symbols", task.symbols},
+                 {"modulus", task.modulus},
+                 {"distance", task.distance},
+                 {"items", task.items},
+                 {"write", task.write},
+                 {"read", task.read},
+                 {"key_symbols", task.key_symbols},
+                 {"value_symbols", task.value_symbols},
+                 {"vocabulary", task.vocabulary},
+                 {"queries", task.queries},
+                 {"few_pairs", task.few_pairs},
+                 {"collisions", task.collisions}}},
+               {"model",
+                {{"layers", model.layers},
+                 {"width", model.width},
+                 {"mlp", model.mlp},
+                 {"heads", model.heads},
+                 {"norm", NameIn(NormNames(), model.norm)},
+                 {"attention", NameOf(model.attention)},
+                 {"alpha", model.alpha},
+                 {"positions", NameOf(model.positions)},
+                 {"rope_base", model.rope_base},
+                 {"init", model.init},
+                 {"scaler_start", model.scaler_start},
+                 {"scaler_random", model.scaler_random}}},
+               {"training",
+                {{"steps", training.steps},
+                 {"batch", training.batch},
+                 {"min_length", training.min_length},
+                 {"max_length", training.max_length},
+                 {"learning_rate", training.learning_rate},
+                 {"warmup", training.warmup},
+                 {"final_rate", training.final_rate},
+                 {"beta1", training.beta1},
+                 {"beta2", training.beta2},
+                 {"weight_decay", training.weight_decay},
+                 {"clip", training.clip},
+                 {"precision", NameIn(PrecisionNames(), training.precision)},
+                 {"log_every", training.log_every},
+                 {"evaluate_every", training.evaluate_every},
+                 {"checkpoint_seconds", training.checkpoint_seconds}}},
+               {"evaluation",
+                {{"length", evaluation.length},
+                 {"multiples", evaluation.multiples},
+                 {"samples", evaluation.samples},
+                 {"total_tokens", evaluation.total_tokens},
+                 {"max_tokens", evaluation.max_tokens},
+                 {"statistics_rows", evaluation.statistics_rows}}}};
+  // Left out by default, so that checkpoints from before there was a choice still match.
+  if (training.optimizer != Optimizer::kAdamW) {
+    json["training"]["optimizer"] = NameIn(OptimizerNames(), training.optimizer);
+    json["training"]["muon_rate"] = training.muon_rate;
+  }
   return json.dump(2) + "\n";
 }
 

@@ -52,6 +52,7 @@ struct ModelConfig {
   bool scaler_random = false;
 };
 
+enum class Optimizer { kAdamW, kMuon };  // Muon: for the matrices between layers, see muon.h
 enum class Precision { kFloat32, kBFloat16 };
 
 struct TrainingConfig {
@@ -59,7 +60,9 @@ struct TrainingConfig {
   int64_t batch = 32;
   int64_t min_length = 8;
   int64_t max_length = 16;
+  Optimizer optimizer = Optimizer::kAdamW;
   double learning_rate = 1e-3;
+  double muon_rate = 0.02;  // muon: of the matrices; follows the same warm-up and cosine
   int64_t warmup = 100;
   double final_rate = 0.0;  // the cosine ends at this share of learning_rate
   double beta1 = 0.9;

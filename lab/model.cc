@@ -136,6 +136,23 @@ at::Tensor Model::Find(const at::Tensor& parameters, const std::string& name) co
   return parameters.narrow(0, offset, sizes_[i]).view(parameters_[i].shape);
 }
 
+std::vector<HiddenMatrix> Model::HiddenMatrices() const {
+  std::vector<HiddenMatrix> matrices;
+  int64_t offset = 0;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& parameter = parameters_[i];
+    const size_t dot = parameter.name.find('.');
+    const std::string kind = dot == std::string::npos ? "" : parameter.name.substr(dot + 1);
+    const int64_t parts = kind == "qkv"                     ? 3
+                          : kind == "gate_up"               ? 2
+                          : kind == "out" || kind == "down" ? 1
+                                                            : 0;
+    if (parts > 0) matrices.push_back({offset, parameter.shape[0], parameter.shape[1], parts});
+    offset += sizes_[i];
+  }
+  return matrices;
+}
+
 const at::Tensor& Model::Piece(const Pieces& pieces, int64_t layer, const char* name) const {
   static const at::Tensor none;
   const int64_t index =

@@ -17,6 +17,7 @@
 
 #include "attention.h"
 #include "config.h"
+#include "muon.h"
 
 namespace flash_entmax::lab {
 
@@ -30,6 +31,8 @@ class Model {
   int64_t num_parameters() const { return total_; }
   // First values, float32 on the CPU: the same on every machine.
   at::Tensor Initialise(uint64_t seed) const;
+  // The matrices between the layers' norms, by offset.
+  std::vector<HiddenMatrix> HiddenMatrices() const;
   // The value of a named parameter, as "layer0.qkv"; undefined if there is none.
   at::Tensor Find(const at::Tensor& parameters, const std::string& name) const;
 

@@ -23,20 +23,35 @@ StepRates RatesOfStep(const TrainingConfig& training, int64_t step) {
   const auto count = static_cast<double>(step + 1);
   const double rate = LearningRate(training, step);
   return {rate / (1.0 - std::pow(training.beta1, count)),
-          1.0 / (1.0 - std::pow(training.beta2, count)), rate * training.weight_decay};
+          1.0 / (1.0 - std::pow(training.beta2, count)), rate * training.weight_decay,
+          training.muon_rate * rate / std::max(training.learning_rate, 1e-300)};
 }
 
-double AdamStep(const TrainingConfig& training, int64_t step, at::Tensor gradient,
-                TrainingState* state) {
+double OptimizerStep(const TrainingConfig& training, int64_t step,
+                     const std::vector<HiddenMatrix>& matrices, at::Tensor gradient,
+                     TrainingState* state) {
   const at::NoGradGuard no_gradient;
   const double norm = gradient.norm().item<double>();
   if (norm > training.clip) gradient = gradient * (training.clip / norm);
   const StepRates rates = RatesOfStep(training, step);
-  state->first_moment.mul_(training.beta1).add_(gradient, 1.0 - training.beta1);
-  state->second_moment.mul_(training.beta2).addcmul_(gradient, gradient, 1.0 - training.beta2);
-  const at::Tensor root = (state->second_moment * rates.second).sqrt_().add_(kAdamEpsilon);
-  if (rates.decay > 0.0) state->parameters.mul_(1.0 - rates.decay);
-  state->parameters.addcdiv_(state->first_moment, root, -rates.rate);
+  std::vector<HiddenMatrix> taken;
+  if (training.optimizer == Optimizer::kMuon) taken = matrices;
+  for (const ParameterRange& range : OtherRanges(taken, gradient.numel())) {
+    const auto part = [&](const at::Tensor& flat) {
+      return flat.narrow(0, range.offset, range.size);
+    };
+    const at::Tensor g = part(gradient), parameters = part(state->parameters);
+    const at::Tensor first = part(state->first_moment), second = part(state->second_moment);
+    first.mul_(training.beta1).add_(g, 1.0 - training.beta1);
+    second.mul_(training.beta2).addcmul_(g, g, 1.0 - training.beta2);
+    const at::Tensor root = (second * rates.second).sqrt_().add_(kAdamEpsilon);
+    if (rates.decay > 0.0) parameters.mul_(1.0 - rates.decay);
+    parameters.addcdiv_(first, root, -rates.rate);
+  }
+  if (!taken.empty()) {
+    MuonStep(taken, gradient, at::full({}, rates.muon, gradient.options().dtype(at::kFloat)),
+             state->first_moment, state->parameters);
+  }
   return norm;
 }
 

@@ -1,4 +1,5 @@
-// AdamW on one flat tensor, with linear warm-up, cosine decay and clipping by the norm.
+// AdamW on one flat tensor, or Muon for the matrices in it and AdamW for the rest, with linear
+// warm-up, cosine decay and clipping by the norm.
 
 #ifndef FLASH_ENTMAX_LAB_OPTIMIZER_H_
 #define FLASH_ENTMAX_LAB_OPTIMIZER_H_
@@ -6,8 +7,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "config.h"
+#include "muon.h"
 
 namespace flash_entmax::lab {
 
@@ -30,13 +33,16 @@ struct StepRates {
   double rate = 0.0;    // learning rate / (1 − β1^t)
   double second = 1.0;  // 1 / (1 − β2^t)
   double decay = 0.0;   // learning rate · weight decay
+  double muon = 0.0;    // muon.h: rate
 };
 StepRates RatesOfStep(const TrainingConfig& training, int64_t step);
 
-// One step. Scales `gradient` down to the norm training.clip if it is longer; returns its norm
+// One step. `matrices`: those of the model (Model::HiddenMatrices), which Muon takes if it is the
+// optimizer. Scales `gradient` down to the norm training.clip if it is longer; returns its norm
 // before that.
-double AdamStep(const TrainingConfig& training, int64_t step, at::Tensor gradient,
-                TrainingState* state);
+double OptimizerStep(const TrainingConfig& training, int64_t step,
+                     const std::vector<HiddenMatrix>& matrices, at::Tensor gradient,
+                     TrainingState* state);
 
 }  // namespace flash_entmax::lab
 

@@ -36,7 +36,8 @@ class PlainStepper final : public Stepper {
       const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0].to(at::kFloat);
       StepResult result;
       result.loss = loss.item<double>();
-      result.gradient_norm = AdamStep(run_.training, step, gradient, state_);
+      result.gradient_norm =
+          OptimizerStep(run_.training, step, model_.HiddenMatrices(), gradient, state_);
       results.push_back(result);
     }
     return results;

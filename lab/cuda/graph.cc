@@ -26,7 +26,7 @@ struct Chunk {
   at::Tensor tokens;  // [steps, batch, tokens]
   at::Tensor index;   // [steps, batch·targets]
   at::Tensor labels;  // [steps, batch·targets]
-  at::Tensor rates;   // [steps, 3] float32
+  at::Tensor rates;   // [steps, 4] float32: StepRates
 };
 
 class GraphStepper final : public Stepper {
@@ -105,7 +105,7 @@ class GraphStepper final : public Stepper {
     return {at::zeros({kChunkSteps, batch, tokens_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
-            at::zeros({kChunkSteps, 3}, options.dtype(at::kFloat))};
+            at::zeros({kChunkSteps, 4}, options.dtype(at::kFloat))};
   }
 
   // Makes the data of some steps; no call into CUDA, so that it may run beside a capture.
@@ -122,9 +122,10 @@ class GraphStepper final : public Stepper {
       std::copy(batch.index.begin(), batch.index.end(), index + i * batch_targets);
       std::copy(batch.labels.begin(), batch.labels.end(), labels + i * batch_targets);
       const StepRates step = RatesOfStep(run_.training, first + i);
-      rates[3 * i] = static_cast<float>(step.rate);
-      rates[3 * i + 1] = static_cast<float>(step.second);
-      rates[3 * i + 2] = static_cast<float>(step.decay);
+      rates[4 * i] = static_cast<float>(step.rate);
+      rates[4 * i + 1] = static_cast<float>(step.second);
+      rates[4 * i + 2] = static_cast<float>(step.decay);
+      rates[4 * i + 3] = static_cast<float>(step.muon);
     };
     const auto workers =
         static_cast<int64_t>(std::clamp(std::thread::hardware_concurrency(), 2u, 16u) - 1);
@@ -152,25 +153,45 @@ class GraphStepper final : public Stepper {
     const at::Tensor gradient = torch::autograd::grad({loss}, {leaf_})[0].contiguous();
     const at::NoGradGuard no_gradient;
     const at::Tensor norm = at::linalg_vector_norm(gradient, 2, {}, false, at::kFloat);
-    AdamCall call{};
-    call.parameters = state_->parameters.mutable_data_ptr<float>();
-    call.first_moment = state_->first_moment.mutable_data_ptr<float>();
-    call.second_moment = state_->second_moment.mutable_data_ptr<float>();
-    call.gradient = gradient.const_data_ptr();
-    call.copy = bfloat16_ ? static_cast<__nv_bfloat16*>(leaf_.mutable_data_ptr()) : nullptr;
-    call.bfloat16 = bfloat16_;
-    call.norm = norm.const_data_ptr<float>();
-    call.rates = device_.rates.const_data_ptr<float>();
-    call.step = counter_.const_data_ptr<int64_t>();
-    call.beta1 = static_cast<float>(run_.training.beta1);
-    call.beta2 = static_cast<float>(run_.training.beta2);
-    call.clip = static_cast<float>(run_.training.clip);
-    call.epsilon = static_cast<float>(kAdamEpsilon);
-    call.size = state_->parameters.numel();
-    const cudaError_t error = cuda::Launch(call, c10::cuda::getCurrentCUDAStream().stream());
-    TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+    Update(gradient, norm);
     results_.index_copy_(0, counter_, at::stack({loss.detach(), norm}).unsqueeze(0));
     counter_.add_(1);
+  }
+
+  void Update(const at::Tensor& gradient, const at::Tensor& norm) {
+    std::vector<HiddenMatrix> matrices;
+    if (run_.training.optimizer == Optimizer::kMuon) matrices = model_.HiddenMatrices();
+    for (const ParameterRange& range : OtherRanges(matrices, gradient.numel())) {
+      const auto at = [&](const at::Tensor& flat) {
+        return flat.narrow(0, range.offset, range.size);
+      };
+      AdamCall call{};
+      call.parameters = at(state_->parameters).mutable_data_ptr<float>();
+      call.first_moment = at(state_->first_moment).mutable_data_ptr<float>();
+      call.second_moment = at(state_->second_moment).mutable_data_ptr<float>();
+      call.gradient = at(gradient).const_data_ptr();
+      if (bfloat16_) call.copy = static_cast<__nv_bfloat16*>(at(leaf_).mutable_data_ptr());
+      call.bfloat16 = bfloat16_;
+      call.norm = norm.const_data_ptr<float>();
+      call.rates = device_.rates.const_data_ptr<float>();
+      call.step = counter_.const_data_ptr<int64_t>();
+      call.beta1 = static_cast<float>(run_.training.beta1);
+      call.beta2 = static_cast<float>(run_.training.beta2);
+      call.clip = static_cast<float>(run_.training.clip);
+      call.epsilon = static_cast<float>(kAdamEpsilon);
+      call.size = range.size;
+      const cudaError_t error = cuda::Launch(call, c10::cuda::getCurrentCUDAStream().stream());
+      TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+    }
+    if (matrices.empty()) return;
+    const at::Tensor clipped = gradient.to(at::kFloat) * (run_.training.clip / norm).clamp_max(1.0);
+    MuonStep(matrices, clipped, device_.rates.index_select(0, counter_)[0][3], state_->first_moment,
+             state_->parameters);
+    if (!bfloat16_) return;
+    for (const ParameterRange& range : CoveredRanges(matrices)) {
+      leaf_.narrow(0, range.offset, range.size)
+          .copy_(state_->parameters.narrow(0, range.offset, range.size));
+    }
   }
 
   // Libraries choose their algorithms and allocate in the first steps, which must not be part of

@@ -286,7 +286,7 @@ __global__ void AdaptiveScaleKernel(AdaptiveScaleCall a) {
 
 template <typename T>
 __global__ void AdamKernel(AdamCall a) {
-  const float* rates = a.rates + 3 * *a.step;
+  const float* rates = a.rates + 4 * *a.step;
   const float rate = rates[0], second = rates[1], decay = rates[2];
   const float norm = *a.norm;
   const float shrink = norm > a.clip ? a.clip / norm : 1.0f;

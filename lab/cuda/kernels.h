@@ -110,7 +110,7 @@ struct AdamCall {
   __nv_bfloat16* copy;   // the new parameters rounded, or null
   bool bfloat16;         // type of the gradient
   const float* norm;     // of the gradient
-  const float* rates;    // [steps, 3]: rate, second, decay
+  const float* rates;    // [steps, 4]: rate, second, decay, and one that is not read
   const int64_t* step;   // which row of `rates`
   float beta1, beta2, clip, epsilon;
   int64_t size;

@@ -138,13 +138,82 @@ TEST(Optimizer, FollowsTheFormula) {
   EXPECT_NEAR(LearningRate(training, 10), 0.0, 1e-12);
   TrainingState state{at::tensor({1.0F, -2.0F}), at::zeros({2}), at::zeros({2})};
   // Norm 10: clipped to (3, 4).
-  const double norm = AdamStep(training, 0, at::tensor({6.0F, 8.0F}), &state);
+  const double norm = OptimizerStep(training, 0, {}, at::tensor({6.0F, 8.0F}), &state);
   EXPECT_NEAR(norm, 10.0, 1e-5);
   // The first step moves by the rate, whatever the gradient, after the decay.
   EXPECT_NEAR(state.parameters[0].item<double>(), 1.0 - 0.025 - 0.05, 1e-5);
   EXPECT_NEAR(state.parameters[1].item<double>(), -2.0 + 0.05 - 0.05, 1e-5);
   EXPECT_NEAR(state.first_moment[1].item<double>(), 0.4, 1e-6);
   EXPECT_NEAR(state.second_moment[0].item<double>(), 0.09, 1e-6);
+}
+
+TEST(Muon, DirectionsAreNearlyOrthogonal) {
+  SCOPED_TRACE(testing::SeedMessage());
+  testing::Random random(22);
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{24, 24}, {16, 40}, {40, 16}}) {
+    at::Tensor matrices = at::zeros({3, rows, columns}, at::kFloat);
+    for (int64_t i = 0; i < matrices.numel(); ++i) {
+      matrices.mutable_data_ptr<float>()[i] = static_cast<float>(1e-6 * random.Gauss());
+    }
+    const at::Tensor result = Orthogonalise(matrices);
+    ASSERT_EQ(result.sizes(), matrices.sizes());
+    const bool wide = columns > rows;
+    const at::Tensor square =
+        wide ? at::bmm(result, result.transpose(1, 2)) : at::bmm(result.transpose(1, 2), result);
+    // Singular values within (0.3, 1.3): the trace is their squares' sum, and none exceeds 1.3.
+    const double size = static_cast<double>(std::min(rows, columns));
+    for (int64_t i = 0; i < 3; ++i) {
+      const double trace = square[i].trace().item<double>() / size;
+      EXPECT_TRUE(trace >= 0.4 && trace <= 1.5) << trace;
+      // ‖A − I‖ of A = R Rᵀ: small next to ‖I‖, unlike that of the normalised input.
+      const double distance =
+          (square[i] - at::eye(square.size(1))).norm().item<double>() / std::sqrt(size);
+      EXPECT_TRUE(distance <= 0.6) << distance;
+    }
+    // The direction is the input's: their inner product is positive, and scale does not matter.
+    EXPECT_TRUE((result * matrices).sum().item<double>() > 0.0);
+    EXPECT_LE((Orthogonalise(matrices * 1e4) - result).abs().max().item<double>(), 1e-3);
+  }
+  EXPECT_TRUE(Orthogonalise(at::zeros({1, 8, 8})).isfinite().all().item<bool>());
+}
+
+TEST(Muon, TakesTheMatricesAndLeavesTheRest) {
+  SCOPED_TRACE(testing::SeedMessage());
+  const Model model(SmallConfig(AttentionKind::kAsentmax, Positions::kNape), 11, at::kCPU,
+                    at::kFloat);
+  const std::vector<HiddenMatrix> matrices = model.HiddenMatrices();
+  ASSERT_EQ(matrices.size(), 8u);  // Two layers of qkv, out, gate_up and down.
+  int64_t covered = 0;
+  for (const ParameterRange& range : CoveredRanges(matrices)) covered += range.size;
+  EXPECT_EQ(covered, 2 * (16 * 48 + 16 * 16 + 16 * 32 + 16 * 16));
+  int64_t others = 0;
+  for (const ParameterRange& range : OtherRanges(matrices, model.num_parameters())) {
+    others += range.size;
+  }
+  EXPECT_EQ(covered + others, model.num_parameters());
+
+  TrainingConfig training;
+  training.warmup = 0;
+  training.learning_rate = 1e-3;
+  training.muon_rate = 0.02;
+  training.clip = 1e6;
+  const at::Tensor start = model.Initialise(3);
+  at::Tensor gradient = at::sin(at::arange(model.num_parameters(), at::kFloat) * 0.7F);
+  const auto step = [&](Optimizer optimizer) {
+    training.optimizer = optimizer;
+    TrainingState state{start.clone(), at::zeros_like(start), at::zeros_like(start)};
+    OptimizerStep(training, 0, matrices, gradient, &state);
+    return state.parameters - start;
+  };
+  const at::Tensor adam = step(Optimizer::kAdamW), muon = step(Optimizer::kMuon);
+  for (const char* name : {"embedding", "head", "layer1.mlp_norm", "layer0.scaler_bias_beta"}) {
+    EXPECT_TRUE(model.Find(muon, name).equal(model.Find(adam, name))) << name;
+  }
+  // From zero momentum the direction is that of the gradient; columns/rows = 1 for query.
+  const at::Tensor query = model.Find(gradient, "layer1.qkv").narrow(1, 16, 16);
+  const at::Tensor expected = -0.02 * Orthogonalise(query.unsqueeze(0))[0];
+  const at::Tensor got = model.Find(muon, "layer1.qkv").narrow(1, 16, 16);
+  EXPECT_LE((got - expected).abs().max().item<double>(), 1e-4);
 }
 
 }  // namespace

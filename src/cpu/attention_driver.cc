@@ -328,7 +328,7 @@ void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved
   plan->workspace_bytes =
       (elements + per_thread * plan->num_threads) * static_cast<int64_t>(sizeof(T));
   if (ForwardRun<T>::AnyBelowSoftmax(resolved)) {  // The scores of a group of rows.
-    plan->workspace_bytes += plan->num_threads * shape.rows_per_group *
+    plan->workspace_bytes += int64_t{plan->num_threads} * shape.rows_per_group *
                              RoundUp(resolved.key_length, shape.keys_per_block) *
                              static_cast<int64_t>(sizeof(T));
   }
