@@ -63,7 +63,8 @@ def percent(values):
     mean = 100 * statistics.mean(values)
     low, high = 100 * min(values), 100 * max(values)
     spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
-    return f"{mean:.1f}{spread}"
+    # 100 means every one.
+    return (f"{mean:.3f}" if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
 
 
 def at(result, multiple):
@@ -147,6 +148,8 @@ def findings(variants):
     sparse = [n for n in variants if n in ("entmax", "asentmax", "sparsemax")]
     linear = [n for n in variants if "linear" in n]
     lengths = multiples(next(iter(variants.values())))
+    single = any(len(results) == 1 for results in variants.values())
+    level = []
     for multiple in lengths:
         if "softmax" not in variants or not sparse:
             break
@@ -156,12 +159,16 @@ def findings(variants):
                 f"{100 * mean(best, multiple):.1f} % of the sequences, softmax "
                 f"{100 * mean('softmax', multiple):.1f} %")
         if gap > 0.05:
-            lines.append(f"{text}: every seed of {best} is ahead of every seed of softmax.")
+            lines.append(f"{text}: " + ("one seed each." if single else
+                                        f"every seed of {best} is ahead of every seed of softmax."))
         elif highest("softmax", multiple) - lowest(best, multiple) > 0.05 and (
                 mean("softmax", multiple) > mean(best, multiple) + 0.05):
-            lines.append(f"{text}: softmax is ahead.")
+            lines.append(f"{text}: softmax is ahead" + (" (one seed each)." if single else "."))
         else:
-            lines.append(f"{text}: no difference beyond the spread of seeds.")
+            level.append(f"{multiple:g}×")
+    if level:
+        lines.append(f"At {', '.join(level)} sparse attention and softmax are level, "
+                     + ("within 5 points (one seed each)." if single else "within the spread of seeds."))
     first = lengths[0]
     for name in linear:
         others = [n for n in variants if n not in linear]
@@ -178,9 +185,9 @@ def findings(variants):
 
 
 def published(recipe, variants):
-    """Rows of the published figures for a recipe of the full set; none for shorter schedules."""
+    """Rows of the published figures for a recipe of the full set, or one on the same task and lengths."""
     full = all(r["run"]["training"]["max_length"] == 64 for v in variants.values() for r in v)
-    return PUBLISHED.get(recipe, {}) if full else {}
+    return PUBLISHED.get(recipe.split("-")[0], {}) if full else {}
 
 
 def shortcut_ceiling(task, length):
@@ -229,7 +236,8 @@ def section(recipe, variants):
            f"{training['steps']:,} steps of {training['batch']} sequences of "
            f"{training['min_length']} to {training['max_length']} items. Evaluated at multiples of "
            f"{run['evaluation']['length']} items; "
-           f"{'–'.join(str(s) for s in seeds)} seeds: mean, lowest–highest.</p>",
+           + ("One seed.</p>" if seeds == [1] else
+              f"{'–'.join(str(s) for s in seeds)} seeds: mean, lowest–highest.</p>"),
            "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in findings(variants)) +
            "</ul>", "<h3>Whole sequences right, %</h3>"]
     heads = ["attention"] + [f"{m:g}×" for m in marks]
@@ -241,7 +249,7 @@ def section(recipe, variants):
         if key == "exact_match":
             reference = published(recipe, variants)
             if reference:
-                out.append("<p>Published (one figure a cell; arXiv 2506.16640):</p>")
+                out.append("<p>Published, with the full schedule (arXiv 2506.16640):</p>")
                 out.append(table(heads, [[name] + [f"{row[m]:g}" if m in row else "" for m in marks]
                                          for name, row in reference.items()]))
             series = {}
