@@ -30,7 +30,8 @@ Status CheckView(const std::string& name, const TensorView& tensor);
 // CheckView, and no two indices address the same element.
 Status CheckWritable(const std::string& name, const MutableTensorView& tensor);
 
-// The ranges of addresses of the two do not intersect.
+// The two share no memory: their ranges of addresses do not intersect, or they are columns of one
+// tensor that lie side by side, as the parts of a fused projection do.
 Status CheckDisjoint(const std::string& name, const TensorView& a, const std::string& other_name,
                      const TensorView& b);
 
