@@ -22,7 +22,8 @@ from ._checks import (
     check_same,
     is_dense,
 )
-from ._library import operators, statistics_type
+from ._library import operators
+from ._mapping_tensors import statistics_type
 
 LAYOUTS = ("bhnd", "bnhd")
 

@@ -98,9 +98,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def check_cpu_mapping(name: str, tensor: Tensor) -> None:
-    if tensor.device.type not in ("cpu", "meta"):
+def check_mapping_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"{name}: got a tensor on {tensor.device}; the mappings and losses run on CPU tensors "
-            "only (attention runs on CUDA tensors as well)"
+            f"{name}: got a tensor on {tensor.device}; must be on the CPU or a CUDA device"
         )

@@ -1,8 +1,9 @@
 """Loads the operators, and tells PyTorch what it needs to know to trace and batch them.
 
 The operators themselves are in ``python/csrc``: they validate, convert and call the C++ library.
-This file adds the shapes of their results for tracing (fake kernels), their gradients, and the
-rules for ``torch.vmap`` are in ``_vmap.py``.
+This file adds the shapes of their results for tracing (fake kernels) and their gradients; the
+mappings and losses of CUDA tensors are in ``_mapping_tensors.py``, the rules for ``torch.vmap`` in
+``_vmap.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAPPING_ENTMAX, MAPPING_NORMMAX, MAPPING_BUDGET = 0, 1, 2  # As MappingKind in mapping.h.
+from . import _mapping_tensors
+from ._mapping_tensors import statistics_type
+
+MAPPING_ENTMAX = _mapping_tensors.ENTMAX
+MAPPING_NORMMAX = _mapping_tensors.NORMMAX
+MAPPING_BUDGET = _mapping_tensors.BUDGET
 
 # The tensors among the arguments of attention that can have a gradient: their positions, in the
 # order of the results (and of the bits of `wanted`) of attention_backward.
@@ -26,11 +32,6 @@ torch.ops.load_library(  # type: ignore[no-untyped-call]
     str(Path(__file__).with_name("_operators.so"))
 )
 operators = torch.ops.flash_entmax
-
-
-def statistics_type(dtype: torch.dtype) -> torch.dtype:
-    """Type of thresholds and of gradients of single numbers."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def transforms_active() -> bool:
@@ -317,6 +318,7 @@ def _register() -> None:
         ("attention_backward", _attention_double_backward, _nothing),
     ):
         library.register_autograd(f"flash_entmax::{name}", gradient, setup_context=setup)
+    _mapping_tensors.register()
 
 
 _register()

@@ -8,10 +8,11 @@ from torch import Tensor
 from . import _library
 from ._checks import (
     autocast_dtype,
-    check_cpu_mapping,
     check_dense,
+    check_device,
     check_floating,
     check_int,
+    check_mapping_device,
     check_number,
 )
 from ._library import MAPPING_ENTMAX, MAPPING_NORMMAX
@@ -24,9 +25,10 @@ def fenchel_young_loss(
 ) -> Tensor:
     """Any of the losses; see :func:`entmax_loss`."""
     check_floating("scores", scores)
-    check_cpu_mapping("scores", scores)
+    check_mapping_device("scores", scores)
     if check_dense("target", target).dtype != torch.int64:
         raise TypeError(f"target: got {target.dtype}; must be int64")
+    check_device("target", target, "scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores: got shape {list(scores.shape)}; must be [rows, classes]")
     if reduction not in REDUCTIONS:
@@ -64,7 +66,8 @@ def entmax_loss(
     scores : Tensor
         [rows, classes], floating point, any strides.
     target : Tensor
-        [rows], int64: each ``ignore_index`` or in [0, classes).
+        [rows], int64: each ``ignore_index`` or in [0, classes). On CUDA, where an error would have
+        to wait for the device, the loss and the gradient of a row with another target are NaN.
     alpha : float
         Finite and > 0.
     ignore_index : int

@@ -10,13 +10,15 @@ from torch import Tensor
 from . import _library
 from ._checks import (
     autocast_dtype,
-    check_cpu_mapping,
+    check_device,
     check_floating,
     check_int,
+    check_mapping_device,
     check_mask,
     check_number,
 )
-from ._library import MAPPING_BUDGET, MAPPING_ENTMAX, MAPPING_NORMMAX, statistics_type
+from ._library import MAPPING_BUDGET, MAPPING_ENTMAX, MAPPING_NORMMAX
+from ._mapping_tensors import statistics_type
 
 
 class RowStatistics(NamedTuple):
@@ -46,7 +48,7 @@ def _prepare(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
     """Scores (in float32 under autocast, as softmax), per-row parameter, mask, one parameter."""
     check_floating("scores", scores)
-    check_cpu_mapping("scores", scores)
+    check_mapping_device("scores", scores)
     if scores.dim() == 0:
         raise ValueError("scores: got 0 dimensions; must have at least 1")
     shape = row_shape(scores, dim)
@@ -57,6 +59,7 @@ def _prepare(
     if not isinstance(parameter, Tensor):
         return scores, None, mask, check_number(name, parameter)
     check_floating(name, parameter)
+    check_device(name, parameter, "scores", scores)
     try:
         rows = parameter.to(statistics_type(scores.dtype)).expand(shape)
     except RuntimeError:
@@ -83,7 +86,8 @@ def entmax(
         Any shape of 1 to 8 dimensions, any strides; float32, float64, bfloat16 or float16.
     alpha : float or Tensor
         Finite and > 0. 1 is softmax, 1.5 is 1.5-entmax, 2 is sparsemax. A tensor gives one a row
-        (expandable to the shape of ``scores`` with size 1 at ``dim``), and gets a gradient.
+        (expandable to the shape of ``scores`` with size 1 at ``dim``), and gets a gradient. On CUDA
+        its numbers are not looked at: rows whose α is not allowed are NaN.
     dim : int
         The dimension along which probabilities sum to 1.
     mask : Tensor, optional

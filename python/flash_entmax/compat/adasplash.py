@@ -6,7 +6,7 @@ The same public functions, arguments and defaults. The result is the exact one w
 * Any length, head size up to 256 on GPUs (any on CPUs) and strides, where the original wants powers
   of two, certain head sizes and contiguous tensors; grouped heads everywhere; CPU tensors as well.
 * Bad arguments are ValueError or TypeError (there: AssertionError).
-* The ``triton_…`` mappings run on CPU tensors only.
+* The ``triton_…`` mappings are compositions of PyTorch's operations, on CPU tensors one C++ pass.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ The same names, signatures, defaults, return values and types. What differs, and
 * Bad arguments are ValueError or TypeError (there: AssertionError, RuntimeError or nothing).
 * The losses have no second derivative and say so (there: it is wrong without notice).
 * ``entmax_bisect_loss`` accepts one α a row (there: documented, but the result has a wrong shape).
-* Tensors must be on the CPU.
+* On CUDA the numbers of a tensor of α, and targets, are not looked at: a row with one that is not
+  allowed is NaN. Budgets that are tensors, and α of losses that are, are read back to the host.
 
 Beyond version 1.3, the two functions that sort accept ``return_support_size``, as the package's
 development version does.
