@@ -189,7 +189,7 @@ void CompareScreened(int64_t depth, int64_t rounds) {
   std::vector<uint8_t> rounded(static_cast<size_t>(kKeys * padded));
   cpu::ScreenRows rows;
   if (!cpu::RoundQueries(query.get(), static_cast<size_t>(depth), static_cast<size_t>(depth),
-                         rounded_query.data(), &rows)) {
+                         /*matrix_unit=*/false, rounded_query.data(), &rows)) {
     return;
   }
   std::vector<cpu::KeyBlockBound> bounds(static_cast<size_t>(kBlocks));

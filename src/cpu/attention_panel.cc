@@ -115,8 +115,8 @@ bool IsDense(const PanelInput<T>& input, const GroupSearch<T>& group, const Bloc
 
 // Norms and 8-bit rows of a group, and room for its lists.
 template <typename T>
-void PrepareGroup(const PanelInput<T>& input, int64_t index, PanelMemory<T>* memory,
-                  GroupSearch<T>* group) {
+void PrepareGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& unit,
+                  PanelMemory<T>* memory, GroupSearch<T>* group) {
   group->first_row = input.first_query + index * kTileRows;
   group->rows = std::min<int64_t>(kTileRows, input.queries - index * kTileRows);
   group->query = input.query + index * kTileRows * input.query_stride;
@@ -140,7 +140,9 @@ void PrepareGroup(const PanelInput<T>& input, int64_t index, PanelMemory<T>* mem
     const auto bytes = static_cast<size_t>(kScreenRows * ScreenDepth(input.head_size));
     int8_t* rounded = memory->rounded_query.data() + static_cast<size_t>(index) * bytes;
     if (RoundQueries(group->query, static_cast<size_t>(input.query_stride),
-                     static_cast<size_t>(input.head_size), rounded, &group->screen_rows)) {
+                     static_cast<size_t>(input.head_size),
+                     unit.Serves(static_cast<size_t>(input.head_size)), rounded,
+                     &group->screen_rows)) {
       group->rounded_query = rounded;
     }
   }
@@ -248,6 +250,7 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
+  const MatrixUnit unit;
   GroupSearch<T> groups[kGroupsPerPanel];
   const Visit visit = MakeVisit(input);
   const int64_t opening = OpeningBlocks(input, visit);
@@ -255,7 +258,7 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   const bool short_rows = opening == visit.count();
   for (int64_t g = 0; g < group_count; ++g) {
     GroupSearch<T>& group = groups[g];
-    PrepareGroup(input, g, memory, &group);
+    PrepareGroup(input, g, unit, memory, &group);
     if (opening > 0) {
       OpenGroup<kKind>(input, first, DenseShare(input.curve, short_rows), &group, memory);
     }
@@ -303,9 +306,10 @@ void DensePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* m
   const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
+  const MatrixUnit unit;
   for (int64_t g = 0; g < group_count; ++g) {
     GroupSearch<T> group;
-    PrepareGroup(input, g, memory, &group);
+    PrepareGroup(input, g, unit, memory, &group);
     DenseGroup<CurveKind::kGeneral>(input, group, want_support, memory);
   }
 }

@@ -14,7 +14,12 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -23,6 +28,8 @@
 // Highway 1.0 has no integer dot product, so these few functions are written with intrinsics.
 #define FLASH_ENTMAX_VNNI \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#define FLASH_ENTMAX_AMX \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,amx-tile,amx-int8")))
 
 namespace flash_entmax::cpu {
 namespace {
@@ -53,7 +60,8 @@ bool CanScreen() {
 }
 
 FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t depth,
-                                    int8_t* rounded, ScreenRows* rows) {
+                                    bool matrix_unit, int8_t* rounded, ScreenRows* rows) {
+  rows->matrix_unit = matrix_unit;
   const auto padded = static_cast<size_t>(ScreenDepth(static_cast<int64_t>(depth)));
   for (int r = kScreenRows; r < 16; ++r) {
     rows->norm[r] = rows->rounding[r] = 0.0f;
@@ -89,6 +97,11 @@ FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t de
       sum = _mm512_add_epi32(sum, n);
       alignas(16) int8_t bytes[16];
       _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtsepi32_epi8(n));
+      if (matrix_unit) {  // 64 elements of a row stand together.
+        std::memcpy(rounded + e / 64 * 64 * kScreenRows + static_cast<size_t>(r) * 64 + e % 64,
+                    bytes, 16);
+        continue;
+      }
       // Four elements of every row stand together.
       for (size_t k = 0; k < 16 && e + k < padded; k += 4) {
         std::memcpy(rounded + ((e + k) * kScreenRows + static_cast<size_t>(r) * 4), bytes + k, 4);
@@ -145,9 +158,15 @@ FLASH_ENTMAX_VNNI void RoundKeys(const float* block, size_t depth, uint8_t* roun
   bound->rounded_norm = RoundUpNorm(rounded_norm, depth);
 }
 
-FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
-                                  const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
-                                  const float* limit, float slack, uint32_t tag, ScreenHits* hits) {
+namespace {
+
+// Where the sums of a tile start, so that those at or above zero are perhaps above the limit: minus
+// the limits in units of the integers. False if norms alone leave the tile out.
+FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) bool StartOfSums(const ScreenRows& rows,
+                                                                         const KeyBlockBound& bound,
+                                                                         const float* limit,
+                                                                         float slack,
+                                                                         int32_t* start) {
   const __m512 norm = _mm512_load_ps(rows.norm);
   const __m512 raw = _mm512_loadu_ps(limit);
   // No product of the block can be above the limits of all rows. Rounding: the norms have room.
@@ -155,7 +174,7 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
   const __mmask16 rows_mask = (1u << kScreenRows) - 1;
   const __m512 margin = _mm512_fnmadd_ps(largest, _mm512_set1_ps(slack), raw);
   const __mmask16 open = _mm512_mask_cmp_ps_mask(rows_mask, largest, margin, _CMP_NLE_UQ);
-  if (open == 0) return;
+  if (open == 0) return false;
   __m512 low = _mm512_fnmadd_ps(norm, _mm512_set1_ps(bound.rounding), margin);
   low = _mm512_fnmadd_ps(_mm512_load_ps(rows.rounding), _mm512_set1_ps(bound.rounded_norm), low);
   // In units of the integers, with the roundings of these few operations: 2⁻²⁰ of all that was
@@ -169,27 +188,16 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
   low = _mm512_max_ps(low, _mm512_set1_ps(-0x1p28f));
   low = _mm512_min_ps(low, _mm512_set1_ps(0x1p28f));
   low = _mm512_mask_mov_ps(_mm512_set1_ps(0x1p28f), open, low);
-  alignas(64) int32_t start[16];
   const __m512i integer =
       _mm512_add_epi32(_mm512_cvt_roundps_epi32(low, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC),
                        _mm512_load_si512(rows.offset));
   _mm512_store_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), integer));
+  return true;
+}
 
-  __m512i sum[kScreenRows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
-  for (size_t e = 0; e < depth; e += 4) {
-    const __m512i k0 = _mm512_loadu_si512(keys + e * kScreenKeys);
-    const __m512i k1 = _mm512_loadu_si512(keys + e * kScreenKeys + 64);
-#pragma GCC unroll 12
-    for (int r = 0; r < kScreenRows; ++r) {
-      int32_t four;
-      std::memcpy(&four, query + e * kScreenRows + static_cast<size_t>(r) * 4, 4);
-      const __m512i q = _mm512_set1_epi32(four);
-      MultiplyAdd(k0, q, &sum[r][0]);
-      MultiplyAdd(k1, q, &sum[r][1]);
-    }
-  }
+// Appends the rows of which a sum is at or above zero.
+FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void AppendHits(
+    const __m512i (&sum)[kScreenRows][2], uint32_t tag, ScreenHits* hits) {
   // Sums at or above zero are perhaps above; in most tiles every sign bit is set.
   __m512i all = _mm512_and_si512(sum[0][0], sum[0][1]);
 #pragma GCC unroll 12
@@ -215,6 +223,107 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
   hits->count += static_cast<size_t>(__builtin_popcount(hit));
 }
 
+FLASH_ENTMAX_VNNI void ScreenByVectors(const int8_t* query, const uint8_t* keys, size_t depth,
+                                       const int32_t* start, uint32_t tag, ScreenHits* hits) {
+  __m512i sum[kScreenRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
+  for (size_t e = 0; e < depth; e += 4) {
+    const __m512i k0 = _mm512_loadu_si512(keys + e * kScreenKeys);
+    const __m512i k1 = _mm512_loadu_si512(keys + e * kScreenKeys + 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < kScreenRows; ++r) {
+      int32_t four;
+      std::memcpy(&four, query + e * kScreenRows + static_cast<size_t>(r) * 4, 4);
+      const __m512i q = _mm512_set1_epi32(four);
+      MultiplyAdd(k0, q, &sum[r][0]);
+      MultiplyAdd(k1, q, &sum[r][1]);
+    }
+  }
+  AppendHits(sum, tag, hits);
+}
+
+// Registers: 0 and 1 sums of 12 rows and 16 keys, 2 queries, 3 and 4 keys.
+FLASH_ENTMAX_AMX void ScreenByMatrixUnit(const int8_t* query, const uint8_t* keys, size_t depth,
+                                         const int32_t* start, uint32_t tag, ScreenHits* hits) {
+  alignas(64) int32_t sums[kScreenRows][kScreenKeys];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (size_t e = 0; e < depth; e += 64) {
+    _tile_loadd(2, query + e * kScreenRows, 64);
+    _tile_loadd(3, keys + e * kScreenKeys, 4 * kScreenKeys);
+    _tile_loadd(4, keys + e * kScreenKeys + 64, 4 * kScreenKeys);
+    _tile_dpbsud(0, 2, 3);
+    _tile_dpbsud(1, 2, 4);
+  }
+  _tile_stored(0, sums, sizeof(sums[0]));
+  _tile_stored(1, &sums[0][16], sizeof(sums[0]));
+  __m512i sum[kScreenRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kScreenRows; ++r) {
+    const __m512i first = _mm512_set1_epi32(start[r]);
+    sum[r][0] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][0]));
+    sum[r][1] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][16]));
+  }
+  AppendHits(sum, tag, hits);
+}
+
+// What LDTILECFG reads: palette 1, bytes a row and rows of each register.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kScreenRows, kScreenRows, kScreenRows, 16, 16};
+};
+static_assert(sizeof(TileShapes) == 64);
+
+// The processor has it (leaf 7, bits 24 and 25), and Linux lets this process use it.
+bool HasMatrixUnit() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!CanScreen() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned kTilesAndInt8 = 3u << 24;
+  if ((d & kTilesAndInt8) != kTilesAndInt8) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+FLASH_ENTMAX_AMX void SetShapes(const void* shapes, void* before) {
+  _tile_storeconfig(before);
+  _tile_loadconfig(shapes);
+}
+FLASH_ENTMAX_AMX void RestoreShapes(const void* shapes) { _tile_loadconfig(shapes); }
+
+}  // namespace
+
+MatrixUnit::MatrixUnit() {
+  static const bool has = HasMatrixUnit();
+  if (!has) return;
+  static const TileShapes shapes;
+  SetShapes(&shapes, before_);
+  ready_ = true;
+}
+
+MatrixUnit::~MatrixUnit() {
+  if (ready_) RestoreShapes(before_);
+}
+
+FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
+                                  const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
+                                  const float* limit, float slack, uint32_t tag, ScreenHits* hits) {
+  alignas(64) int32_t start[16];
+  if (!StartOfSums(rows, bound, limit, slack, start)) return;
+  if (rows.matrix_unit) {
+    ScreenByMatrixUnit(query, keys, depth, start, tag, hits);
+  } else {
+    ScreenByVectors(query, keys, depth, start, tag, hits);
+  }
+}
+
 }  // namespace flash_entmax::cpu
 
 #else
@@ -222,7 +331,9 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
 namespace flash_entmax::cpu {
 
 bool CanScreen() { return false; }
-bool RoundQueries(const float*, size_t, size_t, int8_t*, ScreenRows*) { return false; }
+MatrixUnit::MatrixUnit() = default;
+MatrixUnit::~MatrixUnit() = default;
+bool RoundQueries(const float*, size_t, size_t, bool, int8_t*, ScreenRows*) { return false; }
 void RoundKeys(const float*, size_t, uint8_t*, KeyBlockBound*) {}
 void ScreenTile(const ScreenRows&, const int8_t*, const KeyBlockBound&, const uint8_t*, size_t,
                 const float*, float, uint32_t, ScreenHits*) {}

@@ -52,16 +52,37 @@ struct ScreenRows {
   alignas(64) float rounding[16];       // ‖δq‖, rounded up.
   alignas(64) float inverse_scale[16];  // 1/a.
   alignas(64) int32_t offset[16];       // 128·Σ q', since keys are stored as k' + 128.
+  bool matrix_unit = false;             // The rounded rows are laid out for it; see MatrixUnit.
+};
+
+// The matrix unit of some processors (AMX) multiplies 12 x 64 by 64 x 16 bytes in 16 cycles. Its
+// registers have a shape that belongs to the thread, and others in the process may rely on theirs:
+// an object of this class sets the shape that ScreenTile needs and, at its end, puts back what was
+// there. To be made and ended on the thread that screens.
+class MatrixUnit {
+ public:
+  MatrixUnit();
+  ~MatrixUnit();
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+  // Whether this build, machine and operating system have it, for this head size.
+  bool Serves(size_t depth) const { return ready_ && depth % 64 == 0; }
+
+ private:
+  bool ready_ = false;
+  alignas(64) uint8_t before_[64] = {};
 };
 
 // Whether this build and this machine have the instructions.
 bool CanScreen();
 
 // query: kScreenRows rows of `depth` floats, `stride` apart. rounded:
-// [ScreenDepth/4][kScreenRows][4].
+// [ScreenDepth/4][kScreenRows][4]; for the matrix unit, which has to serve `depth` as long as the
+// rows are used, [depth/64][kScreenRows][64].
 // False if a row is not finite or too large: it must not be screened.
-bool RoundQueries(const float* query, size_t stride, size_t depth, int8_t* rounded,
-                  ScreenRows* rows);
+bool RoundQueries(const float* query, size_t stride, size_t depth, bool matrix_unit,
+                  int8_t* rounded, ScreenRows* rows);
 
 // block: [depth][kScreenKeys]. rounded: [ScreenDepth/4][kScreenKeys][4]. Fills all of `bound` but
 // the norm. Blocks whose norm is not finite are left alone.

@@ -20,11 +20,14 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
   if (!CanScreen()) GTEST_SKIP() << "this machine has no 8-bit dot product";
   SCOPED_TRACE(testing::SeedMessage());
   Random random(41);
+  const MatrixUnit unit;
+  int64_t matrix_tiles = 0;
   int64_t found = 0;
   int64_t above = 0;
   int64_t all = 0;
   for (int round = 0; round < 400; ++round) {
-    const auto depth = static_cast<size_t>(random.Integer(1, 130));
+    const auto depth =
+        static_cast<size_t>(round % 4 == 0 ? 64 * random.Integer(1, 3) : random.Integer(1, 130));
     const double query_size = std::pow(10.0, random.Uniform(-12.0, 12.0));
     const double key_size = std::pow(10.0, random.Uniform(-12.0, 12.0));
     std::vector<float> query(kScreenRows * depth);
@@ -37,7 +40,9 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
     std::vector<int8_t> rounded_query(kScreenRows * padded);
     std::vector<uint8_t> rounded_keys(padded * kScreenKeys);
     ScreenRows rows;
-    ASSERT_TRUE(RoundQueries(query.data(), depth, depth, rounded_query.data(), &rows));
+    const bool matrix = round % 2 == 0 && unit.Serves(depth);
+    matrix_tiles += matrix ? 1 : 0;
+    ASSERT_TRUE(RoundQueries(query.data(), depth, depth, matrix, rounded_query.data(), &rows));
     KeyBlockBound bound;
     for (int j = 0; j < kScreenKeys; ++j) {
       double square = 0.0;
@@ -95,7 +100,7 @@ TEST(ScreenInt8, RefusesWhatIsNotFinite) {
     query[37] = bad;
     std::vector<int8_t> rounded(kScreenRows * 8);
     ScreenRows rows;
-    EXPECT_FALSE(RoundQueries(query.data(), 8, 8, rounded.data(), &rows));
+    EXPECT_FALSE(RoundQueries(query.data(), 8, 8, false, rounded.data(), &rows));
   }
 }
 
