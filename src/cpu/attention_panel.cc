@@ -216,7 +216,7 @@ void SearchChunk(const PanelInput<T>& input, const Visit& visit, int64_t begin, 
           const bool screen =
               group.rounded_query != nullptr && input.table.bounds[block].norm < kLargestScreenNorm;
           // In the order of the visit, also where the two tests mix.
-          if (screen ? !memory->hits.HasRoom() : memory->hits.count > 0) {
+          if (screen ? !memory->hits.HasRoom() : !memory->hits.IsEmpty()) {
             TakeHits(input, all_visible, groups, &memory->hits);
           }
           if (screen) {

@@ -243,10 +243,23 @@ FLASH_ENTMAX_VNNI void ScreenByVectors(const int8_t* query, const uint8_t* keys,
   AppendHits(sum, tag, hits);
 }
 
+FLASH_ENTMAX_VNNI void LookAtPending(ScreenHits* hits) {
+  const int32_t* start = hits->start[hits->slot];
+  const auto& sums = hits->sums[hits->slot];
+  __m512i sum[kScreenRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kScreenRows; ++r) {
+    const __m512i first = _mm512_set1_epi32(start[r]);
+    sum[r][0] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][0]));
+    sum[r][1] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][16]));
+  }
+  AppendHits(sum, hits->tag, hits);
+}
+
 // Registers: 0 and 1 sums of 12 rows and 16 keys, 2 queries, 3 and 4 keys.
 FLASH_ENTMAX_AMX void ScreenByMatrixUnit(const int8_t* query, const uint8_t* keys, size_t depth,
                                          const int32_t* start, uint32_t tag, ScreenHits* hits) {
-  alignas(64) int32_t sums[kScreenRows][kScreenKeys];
+  const int slot = 1 - hits->slot;
   _tile_zero(0);
   _tile_zero(1);
   for (size_t e = 0; e < depth; e += 64) {
@@ -256,16 +269,13 @@ FLASH_ENTMAX_AMX void ScreenByMatrixUnit(const int8_t* query, const uint8_t* key
     _tile_dpbsud(0, 2, 3);
     _tile_dpbsud(1, 2, 4);
   }
-  _tile_stored(0, sums, sizeof(sums[0]));
-  _tile_stored(1, &sums[0][16], sizeof(sums[0]));
-  __m512i sum[kScreenRows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < kScreenRows; ++r) {
-    const __m512i first = _mm512_set1_epi32(start[r]);
-    sum[r][0] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][0]));
-    sum[r][1] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][16]));
-  }
-  AppendHits(sum, tag, hits);
+  _tile_stored(0, hits->sums[slot], sizeof(hits->sums[slot][0]));
+  _tile_stored(1, &hits->sums[slot][0][16], sizeof(hits->sums[slot][0]));
+  _mm512_store_si512(hits->start[slot], _mm512_load_si512(start));
+  if (hits->pending) LookAtPending(hits);
+  hits->slot = slot;
+  hits->tag = tag;
+  hits->pending = true;
 }
 
 // What LDTILECFG reads: palette 1, bytes a row and rows of each register.
@@ -312,6 +322,11 @@ MatrixUnit::~MatrixUnit() {
   if (ready_) RestoreShapes(before_);
 }
 
+void FinishHits(ScreenHits* hits) {
+  if (hits->pending) LookAtPending(hits);
+  hits->pending = false;
+}
+
 FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
                                   const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
                                   const float* limit, float slack, uint32_t tag, ScreenHits* hits) {
@@ -320,6 +335,7 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
   if (rows.matrix_unit) {
     ScreenByMatrixUnit(query, keys, depth, start, tag, hits);
   } else {
+    FinishHits(hits);
     ScreenByVectors(query, keys, depth, start, tag, hits);
   }
 }
@@ -331,6 +347,7 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
 namespace flash_entmax::cpu {
 
 bool CanScreen() { return false; }
+void FinishHits(ScreenHits*) {}
 MatrixUnit::MatrixUnit() = default;
 MatrixUnit::~MatrixUnit() = default;
 bool RoundQueries(const float*, size_t, size_t, bool, int8_t*, ScreenRows*) { return false; }

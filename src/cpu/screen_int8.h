@@ -97,8 +97,21 @@ struct ScreenHits {
   alignas(64) uint32_t where[kCapacity + 16];
   size_t count = 0;
 
-  bool HasRoom() const { return count + kScreenRows <= kCapacity; }
+  // Sums of the last tile, not looked at yet: what the matrix unit stores takes a while to arrive,
+  // so a tile is looked at when the next one is on its way.
+  alignas(64) int32_t sums[2][kScreenRows][kScreenKeys];
+  alignas(64) int32_t start[2][16];
+  uint32_t tag = 0;
+  int slot = 0;
+  bool pending = false;
+
+  // For the tile that is pending and one more.
+  bool HasRoom() const { return count + 2 * kScreenRows <= kCapacity; }
+  bool IsEmpty() const { return count == 0 && !pending; }
 };
+
+// Looks at what is pending: to be called before the hits are read.
+void FinishHits(ScreenHits* hits);
 
 // Tests one tile. limit[r], 16 numbers: raw products at or below it need not be found; products of
 // floats that are summed in any order may exceed exact ones by slack·‖q‖·‖k‖. Appends the rows with

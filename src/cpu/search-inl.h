@@ -193,6 +193,7 @@ HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64
 // Moves the hits of screened tiles to the lists. Those of a row stay in the order of the visit.
 HWY_INLINE void TakeHits(const PanelInput<float>& input, bool all_visible,
                          GroupSearch<float>* groups, ScreenHits* hits) {
+  FinishHits(hits);
   for (size_t i = 0; i < hits->count; ++i) {
     const uint32_t where = hits->where[i];
     const int64_t first_key = int64_t{where >> (kGroupBits + kRowBits)} * kScreenKeys;

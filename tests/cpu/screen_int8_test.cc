@@ -65,6 +65,7 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
     const auto hits = std::make_unique<ScreenHits>();
     ScreenTile(rows, rounded_query.data(), bound, rounded_keys.data(), depth, limit, 1e-6f, 640,
                hits.get());
+    FinishHits(hits.get());
     std::vector<uint32_t> bits(kScreenRows, 0);
     ASSERT_LE(hits->count, static_cast<size_t>(kScreenRows));
     for (size_t i = 0; i < hits->count; ++i) {
