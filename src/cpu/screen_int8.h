@@ -8,7 +8,9 @@
 // down, so the answer "not above" is a proof; "perhaps above" costs an exact product.
 //
 // The integer dot product of AVX-512 VNNI does four multiplications where a float lane does one, so
-// a screened tile costs about a quarter of the float one, and reads a quarter of the bytes.
+// a screened tile costs about a quarter of the float one, and reads a quarter of the bytes. Where
+// the processor has a matrix unit for bytes (AMX) and the head size is a multiple of 64, it makes
+// the same sums.
 
 #ifndef FLASH_ENTMAX_SRC_CPU_SCREEN_INT8_H_
 #define FLASH_ENTMAX_SRC_CPU_SCREEN_INT8_H_
@@ -92,21 +94,20 @@ void RoundKeys(const float* block, size_t depth, uint8_t* rounded, KeyBlockBound
 // above the limit of row `where[i] − tag`.
 struct ScreenHits {
   static constexpr size_t kCapacity = 2048;
+  // Sums of the last two tiles and where they start. What the matrix unit stores takes a while to
+  // arrive, so a tile is looked at when the next one is on its way.
+  alignas(64) int32_t start[2][16];
+  alignas(64) int32_t sums[2][kScreenRows][kScreenKeys];
   // A tile writes whole vectors.
   alignas(64) uint32_t above[kCapacity + 16];
   alignas(64) uint32_t where[kCapacity + 16];
   size_t count = 0;
-
-  // Sums of the last tile, not looked at yet: what the matrix unit stores takes a while to arrive,
-  // so a tile is looked at when the next one is on its way.
-  alignas(64) int32_t sums[2][kScreenRows][kScreenKeys];
-  alignas(64) int32_t start[2][16];
-  uint32_t tag = 0;
+  uint32_t tag = 0;  // Of the tile that is not looked at yet, if there is one.
   int slot = 0;
   bool pending = false;
 
   // For the tile that is pending and one more.
-  bool HasRoom() const { return count + 2 * kScreenRows <= kCapacity; }
+  bool HasRoom() const { return count + 2 * size_t{kScreenRows} <= kCapacity; }
   bool IsEmpty() const { return count == 0 && !pending; }
 };
 

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -21,7 +22,6 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(41);
   const MatrixUnit unit;
-  int64_t matrix_tiles = 0;
   int64_t found = 0;
   int64_t above = 0;
   int64_t all = 0;
@@ -41,7 +41,6 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
     std::vector<uint8_t> rounded_keys(padded * kScreenKeys);
     ScreenRows rows;
     const bool matrix = round % 2 == 0 && unit.Serves(depth);
-    matrix_tiles += matrix ? 1 : 0;
     ASSERT_TRUE(RoundQueries(query.data(), depth, depth, matrix, rounded_query.data(), &rows));
     KeyBlockBound bound;
     for (int j = 0; j < kScreenKeys; ++j) {
@@ -92,6 +91,51 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
   }
   // And it is good for something: it lets through few that are not above.
   EXPECT_LE(static_cast<double>(found - above), 0.2 * static_cast<double>(all));
+}
+
+TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
+  const MatrixUnit unit;
+  if (!unit.Serves(64)) GTEST_SKIP() << "this machine has no matrix unit for bytes";
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(42);
+  constexpr size_t kTiles = 40;
+  for (const size_t depth : {size_t{64}, size_t{128}, size_t{256}}) {
+    std::vector<float> query(kScreenRows * depth);
+    for (float& x : query) x = static_cast<float>(random.Gauss());
+    std::vector<int8_t> rounded_query[2];
+    ScreenRows rows[2];
+    const auto hits = std::make_unique<std::array<ScreenHits, 2>>();
+    for (const size_t matrix : {0, 1}) {
+      rounded_query[matrix].resize(kScreenRows * depth);
+      ASSERT_TRUE(RoundQueries(query.data(), depth, depth, matrix == 1,
+                               rounded_query[matrix].data(), &rows[matrix]));
+    }
+    float limit[16];
+    std::fill_n(limit, 16, HUGE_VALF);
+    for (int r = 0; r < kScreenRows; ++r) {
+      limit[r] =
+          static_cast<float>(std::sqrt(static_cast<double>(depth)) * random.Uniform(0.0, 4.0));
+    }
+    for (size_t tile = 0; tile < kTiles; ++tile) {
+      std::vector<float> keys(depth * kScreenKeys);
+      for (float& x : keys) x = static_cast<float>(random.Gauss());
+      std::vector<uint8_t> rounded_keys(depth * kScreenKeys);
+      KeyBlockBound bound;
+      bound.norm = 2.0f * std::sqrt(static_cast<float>(depth));
+      RoundKeys(keys.data(), depth, rounded_keys.data(), &bound);
+      for (const size_t matrix : {0, 1}) {
+        ScreenTile(rows[matrix], rounded_query[matrix].data(), bound, rounded_keys.data(), depth,
+                   limit, 1e-6f, static_cast<uint32_t>(16 * tile), &(*hits)[matrix]);
+      }
+    }
+    FinishHits(&(*hits)[1]);
+    EXPECT_TRUE((*hits)[0].count > 0);
+    ASSERT_EQ((*hits)[0].count, (*hits)[1].count);
+    for (size_t i = 0; i < (*hits)[0].count; ++i) {
+      ASSERT_EQ((*hits)[0].above[i], (*hits)[1].above[i]);
+      ASSERT_EQ((*hits)[0].where[i], (*hits)[1].where[i]);
+    }
+  }
 }
 
 TEST(ScreenInt8, RefusesWhatIsNotFinite) {
