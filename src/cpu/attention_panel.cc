@@ -113,10 +113,10 @@ bool IsDense(const PanelInput<T>& input, const GroupSearch<T>& group, const Bloc
   return static_cast<int64_t>(listed) * DenseShare(input.curve, false) > visible;
 }
 
-// Norms and 8-bit rows of a group, and room for its lists.
+// Norms of a group, and room for its lists.
 template <typename T>
-void PrepareGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& unit,
-                  PanelMemory<T>* memory, GroupSearch<T>* group) {
+void PrepareGroup(const PanelInput<T>& input, int64_t index, PanelMemory<T>* memory,
+                  GroupSearch<T>* group) {
   group->first_row = input.first_query + index * kTileRows;
   group->rows = std::min<int64_t>(kTileRows, input.queries - index * kTileRows);
   group->query = input.query + index * kTileRows * input.query_stride;
@@ -134,6 +134,12 @@ void PrepareGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& u
         static_cast<double>(hn::GetLane(hn::SumOfLanes(d, square))), input.head_size));
   }
   std::fill_n(group->limit, kPaddedRows, Infinity<T>());
+}
+
+// The 8-bit rows of a group, if its keys are screened.
+template <typename T>
+void RoundGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& unit,
+                PanelMemory<T>* memory, GroupSearch<T>* group) {
   if constexpr (std::is_same_v<T, float> && kTileRows == kScreenRows) {
     if (input.table.rounded == nullptr || input.modifiers.bias) return;
     // Padded to a multiple of 64 bytes by its own size.
@@ -258,7 +264,8 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   const bool short_rows = opening == visit.count();
   for (int64_t g = 0; g < group_count; ++g) {
     GroupSearch<T>& group = groups[g];
-    PrepareGroup(input, g, unit, memory, &group);
+    PrepareGroup(input, g, memory, &group);
+    RoundGroup(input, g, unit, memory, &group);
     if (opening > 0) {
       OpenGroup<kKind>(input, first, DenseShare(input.curve, short_rows), &group, memory);
     }
@@ -306,10 +313,9 @@ void DensePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* m
   const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
-  const MatrixUnit unit;
   for (int64_t g = 0; g < group_count; ++g) {
     GroupSearch<T> group;
-    PrepareGroup(input, g, unit, memory, &group);
+    PrepareGroup(input, g, memory, &group);
     DenseGroup<CurveKind::kGeneral>(input, group, want_support, memory);
   }
 }
