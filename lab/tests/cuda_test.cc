@@ -5,10 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <unistd.h>
 
-#include <cstdlib>
-#include <filesystem>
 #include <functional>
 #include <string>
 #include <thread>
@@ -16,6 +13,7 @@
 
 #include "attention.h"
 #include "flash_entmax/gpu.h"
+#include "io/temporary_folder.h"
 #include "layers.h"
 #include "model.h"
 #include "steps.h"
@@ -165,15 +163,7 @@ TEST(Cuda, ModelsAgreeWithTheCpu) {
 
 class CudaTrainingTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    SKIP_WITHOUT_GPU();
-    std::string name = (std::filesystem::temp_directory_path() / "lab_test.XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override {
-    if (!folder_.empty()) std::filesystem::remove_all(folder_);
-  }
+  void SetUp() override { SKIP_WITHOUT_GPU(); }
 
   static RunConfig SmallRun(AttentionKind kind, Precision precision) {
     RunConfig run;
@@ -196,7 +186,7 @@ class CudaTrainingTest : public ::testing::Test {
                              const std::function<bool(int64_t)>& stop = nullptr) const {
     std::vector<double> losses;
     TrainingOptions options;
-    options.folder = (folder_ / folder).string();
+    options.folder = folder_.File(folder);
     options.device = device;
     options.on_step = [&](int64_t /*step*/, double loss) { losses.push_back(loss); };
     if (stop) options.stop = [&] { return stop(std::ssize(losses)); };
@@ -204,7 +194,7 @@ class CudaTrainingTest : public ::testing::Test {
     return losses;
   }
 
-  std::filesystem::path folder_;
+  TemporaryFolder folder_;
 };
 
 TEST_F(CudaTrainingTest, LossesFollowTheCpu) {

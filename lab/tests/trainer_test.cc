@@ -3,15 +3,13 @@
 #include "trainer.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
-#include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "io/temporary_folder.h"
 #include "testing/status.h"
 
 namespace flash_entmax::lab {
@@ -19,13 +17,6 @@ namespace {
 
 class TrainerTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "lab_test.XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
   static RunConfig SmallRun(AttentionKind kind) {
     RunConfig run;
     run.recipe = "test";
@@ -50,12 +41,12 @@ class TrainerTest : public ::testing::Test {
 
   TrainingOptions Options(const std::string& name) const {
     TrainingOptions options;
-    options.folder = (folder_ / name).string();
+    options.folder = folder_.File(name);
     options.threads = 2;
     return options;
   }
 
-  std::filesystem::path folder_;
+  TemporaryFolder folder_;
 };
 
 TEST_F(TrainerTest, ResumesBitForBit) {

@@ -3,6 +3,8 @@
 #ifndef FLASH_ENTMAX_TESTS_IO_TEMPORARY_FOLDER_H_
 #define FLASH_ENTMAX_TESTS_IO_TEMPORARY_FOLDER_H_
 
+#include <ftw.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include <filesystem>
@@ -20,9 +22,13 @@ class TemporaryFolder {
     std::string name = (std::filesystem::temp_directory_path() / "flash_entmax.XXXXXX").string();
     path_ = mkdtemp(name.data());
   }
+  // Not by std::filesystem::remove_all: LibTorch exports a copy of its own, of another compiler's
+  // layout, which the linker may choose instead and which then crashes.
   ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
+    const auto remove_one = [](const char* path, const struct stat*, int, FTW*) {
+      return ::remove(path);
+    };
+    nftw(path_.c_str(), remove_one, /*descriptors=*/8, FTW_DEPTH | FTW_PHYS);
   }
   TemporaryFolder(const TemporaryFolder&) = delete;
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
