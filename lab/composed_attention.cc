@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <vector>
 
 #include "attention.h"
 
@@ -30,13 +31,18 @@ at::Tensor PositionBias(const AttentionInputs& inputs, int64_t first, int64_t co
   return bias.masked_fill(distance < 0, -INFINITY).to(type);
 }
 
+// [batch, heads, length, head_size] of a query [batch, length, heads, head_size], with its own
+// factor.
+at::Tensor ScaledQuery(const AttentionInputs& inputs, const at::Tensor& query) {
+  const at::Tensor result = query.transpose(1, 2);
+  if (!inputs.query_scale.defined()) return result;
+  return result * inputs.query_scale.transpose(1, 2).unsqueeze(3).to(result.scalar_type());
+}
+
 // [batch, heads, length, head_size]; the query with its own factor.
 at::Tensor Part(const AttentionInputs& inputs, int64_t part) {
-  at::Tensor result = inputs.qkv.select(2, part).transpose(1, 2);
-  if (part == 0 && inputs.query_scale.defined()) {
-    result = result * inputs.query_scale.transpose(1, 2).unsqueeze(3).to(result.scalar_type());
-  }
-  return result;
+  const at::Tensor result = inputs.qkv.select(2, part);
+  return part == 0 ? ScaledQuery(inputs, result) : result.transpose(1, 2);
 }
 
 // Causal softmax attention of one head with a bias −slope·distance: [batch, length, head_size].
@@ -107,7 +113,11 @@ at::Tensor ComposedSoftmax(const AttentionInputs& inputs) {
   if (!at::GradMode::is_enabled()) return SoftmaxByHeads(inputs);
   const at::Tensor bias =
       PositionBias(inputs, 0, inputs.qkv.size(1), inputs.qkv.scalar_type()).unsqueeze(0);
-  return at::scaled_dot_product_attention(Part(inputs, 0), Part(inputs, 1), Part(inputs, 2), bias)
+  // Unbound together: the gradient of three separate selections would be three tensors of the size
+  // of qkv, mostly zeros, and two sums.
+  const std::vector<at::Tensor> parts = inputs.qkv.unbind(2);
+  return at::scaled_dot_product_attention(ScaledQuery(inputs, parts[0]), parts[1].transpose(1, 2),
+                                          parts[2].transpose(1, 2), bias)
       .transpose(1, 2);
 }
 

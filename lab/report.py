@@ -1,7 +1,8 @@
 """Tables, plots and one self-contained page from finished runs of the lab.
 
-Usage: report.py RESULTS PAGE. RESULTS holds recipe/variant/seedN/result.json, as `flash-entmax train`
-writes them, and next to them metrics.jsonl. Needs nothing but Python's standard library.
+Usage: report.py RESULTS... PAGE. Every RESULTS holds recipe/variant/seedN/result.json, as
+`flash-entmax train` writes them, and next to them metrics.jsonl. Needs nothing but Python's standard
+library.
 """
 
 import html
@@ -43,10 +44,10 @@ small { opacity: .75; } code { background: var(--soft); padding: 0 .2em; }
 """
 
 
-def load(folder):
+def load(folders):
     """{recipe: {variant: [result, …]}}, each result with its folder."""
     recipes = {}
-    for path in sorted(folder.glob("*/*/seed*/result.json")):
+    for path in sorted(p for f in folders for p in f.glob("*/*/seed*/result.json")):
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         result["folder"] = path.parent
@@ -290,10 +291,13 @@ def text_table(recipe, variants):
 
 
 def main():
-    folder, page = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-    recipes = load(folder)
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    *folders, page = map(pathlib.Path, sys.argv[1:])
+    recipes = load(folders)
     if not recipes:
-        raise SystemExit(f"report: got {folder}; it must hold recipe/variant/seedN/result.json")
+        raise SystemExit(f"report: got {' '.join(map(str, folders))}; must hold "
+                         "recipe/variant/seedN/result.json")
     for recipe, variants in recipes.items():
         text_table(recipe, variants)
     body = "\n".join(section(recipe, variants) for recipe, variants in recipes.items())

@@ -7,6 +7,7 @@
 #define FLASH_ENTMAX_CUDA_COUNT_COLUMNS_CUH_
 
 #include "gather.cuh"
+#include "launch_order.cuh"
 #include "support_pool.cuh"
 
 namespace flash_entmax::cuda {
@@ -16,6 +17,7 @@ constexpr int kCountColumnsThreads = 256;
 static __global__ void __launch_bounds__(kCountColumnsThreads)
     ClearColumnsKernel(const __grid_constant__ SavedState saved, const Control* control,
                        int64_t columns) {
+  WaitForEarlierKernels();
   if (!PoolOverflowed(saved, control)) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kCountColumnsThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kCountColumnsThreads + threadIdx.x;
@@ -28,6 +30,7 @@ static __global__ void __launch_bounds__(kCountColumnsThreads)
 static __global__ void __launch_bounds__(kCountColumnsThreads)
     CountColumnsKernel(const __grid_constant__ Shape shape,
                        const __grid_constant__ SavedState saved, const Control* control) {
+  WaitForEarlierKernels();
   if (!PoolOverflowed(saved, control)) return;
   constexpr int kRows = kCountColumnsThreads / kLanesPerRow;  // of a block at a time
   const int lane = threadIdx.x % kLanesPerRow;

@@ -25,6 +25,7 @@
 
 #include "candidate_list.cuh"
 #include "candidate_scores.cuh"
+#include "launch_order.cuh"
 #include "support_pool.cuh"
 
 namespace flash_entmax::cuda {
@@ -423,6 +424,7 @@ __device__ __forceinline__ void FinishRows(const FinishParams<Element>& params,
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __global__ void __launch_bounds__(kFinishThreads, kHeadDim <= 64 ? 12 : 8)
     FinishForwardKernel(const __grid_constant__ FinishParams<Element> params) {
+  WaitForEarlierKernels();
   extern __shared__ __align__(1024) char shared_bytes[];
   FinishRows<Element, kHeadDim, kAlpha>(params, *reinterpret_cast<FinishShared*>(shared_bytes));
   if (params.save_support) {

@@ -29,7 +29,8 @@ int ForAlphaMode(AlphaMode mode, Body body) {
   }
 }
 
-// Launches with `shared_bytes` of dynamic shared memory; arguments must match the kernel's.
+// Launches with `shared_bytes` of dynamic shared memory; arguments must match the kernel's. The
+// kernel must begin with WaitForEarlierKernels (launch_order.cuh).
 template <class... Parameters, class... Arguments>
 bool Launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
@@ -38,8 +39,17 @@ bool Launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
                            static_cast<int>(shared_bytes)) != cudaSuccess) {
     return false;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError() == cudaSuccess;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...) == cudaSuccess;
 }
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }

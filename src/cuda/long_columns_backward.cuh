@@ -9,6 +9,7 @@
 #ifndef FLASH_ENTMAX_CUDA_LONG_COLUMNS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_LONG_COLUMNS_BACKWARD_CUH_
 
+#include "launch_order.cuh"
 #include "support_columns_backward.cuh"
 
 namespace flash_entmax::cuda {
@@ -95,6 +96,7 @@ __device__ __forceinline__ int2 OrderPiece(const ColumnEntry* entries, int count
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kLongColumnsThreads, kHeadDim <= 64 ? 3 : 2)
     LongColumnsBackwardKernel(const __grid_constant__ SupportColumnsParams<Element> params) {
+  WaitForEarlierKernels();
   constexpr int kWarps = kLongColumnsThreads / kWarpSize;
   constexpr int kPart = kHeadDim / kLanesPerRow;
   constexpr int kGroups = kLongColumnsThreads / kLanesPerRow;

@@ -10,6 +10,7 @@
 #define FLASH_ENTMAX_CUDA_PREPARE_KEYS_CUH_
 
 #include "gather.cuh"
+#include "launch_order.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -23,6 +24,7 @@ template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kPrepareKeysThreads)
     PrepareKeysKernel(const __grid_constant__ Shape shape, const Tensor<const Element> key,
                       int blocks_per_head, uint32_t* norms, __half* copy) {
+  WaitForEarlierKernels();
   constexpr int kPart = kHeadDim / kLanesPerRow;
   constexpr int kRowsAtOnce = kPrepareKeysThreads / kLanesPerRow;
   constexpr int kWarps = kPrepareKeysThreads / kWarpSize;

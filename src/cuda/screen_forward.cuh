@@ -27,6 +27,7 @@
 #define FLASH_ENTMAX_CUDA_SCREEN_FORWARD_CUH_
 
 #include "candidate_list.cuh"
+#include "launch_order.cuh"
 #include "tile_product.cuh"
 
 namespace flash_entmax::cuda {
@@ -468,6 +469,7 @@ template <class Element, int kHeadDim, AlphaMode kAlpha>
 __global__ void __launch_bounds__(ScreenTraits<kHeadDim>::kThreads, 1)
     ScreenForwardKernel(const __grid_constant__ CUtensorMap key_map,
                         const __grid_constant__ ScreenParams<Element> params) {
+  WaitForEarlierKernels();
   using Traits = ScreenTraits<kHeadDim>;
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<ScreenShared<kHeadDim>*>(shared_bytes);

@@ -14,6 +14,7 @@
 #define FLASH_ENTMAX_CUDA_SUPPORT_COLUMNS_BACKWARD_CUH_
 
 #include "gather.cuh"
+#include "launch_order.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -250,6 +251,7 @@ __device__ __forceinline__ const uint32_t* SortColumn(const ColumnEntry* entries
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kSupportColumnsThreads, kHeadDim <= 64 ? 7 : 5)
     SupportColumnsBackwardKernel(const __grid_constant__ SupportColumnsParams<Element> params) {
+  WaitForEarlierKernels();
   constexpr int kWarps = kSupportColumnsThreads / kWarpSize;
   constexpr int kPart = kHeadDim / kLanesPerRow;
   __shared__ ColumnSortBuffer shared_sort[kWarps];

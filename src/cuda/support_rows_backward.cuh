@@ -14,6 +14,7 @@
 #define FLASH_ENTMAX_CUDA_SUPPORT_ROWS_BACKWARD_CUH_
 
 #include "gather.cuh"
+#include "launch_order.cuh"
 #include "support_pool.cuh"
 #include "threshold.cuh"
 
@@ -46,6 +47,7 @@ __device__ __forceinline__ void LoadRowsOfLanes(const RowBase& base, int key, in
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
     SupportRowsBackwardKernel(const __grid_constant__ SupportRowsParams<Element> params) {
+  WaitForEarlierKernels();
   constexpr int kWarps = kSupportRowsThreads / kWarpSize;
   constexpr int kPart = kHeadDim / kLanesPerRow;
   __shared__ float shared_products[kWarps][kRowsPerWarp][kMaxSupport + kListPadding];

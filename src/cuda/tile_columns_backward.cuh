@@ -11,6 +11,7 @@
 #ifndef FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_COLUMNS_BACKWARD_CUH_
 
+#include "launch_order.cuh"
 #include "tile_careful.cuh"
 #include "tile_product.cuh"
 
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
                               const __grid_constant__ CUtensorMap key_map,
                               const __grid_constant__ CUtensorMap value_map,
                               const __grid_constant__ TileColumnsParams<Element> params) {
+  WaitForEarlierKernels();
   using Traits = TileColumnsTraits<kHeadDim>;
   constexpr int kStep = Traits::kStepQueries;
   if (!params.all_units && __shfl_sync(kFullWarp, params.control->flagged_count, 0) == 0) return;

@@ -21,6 +21,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "launch_order.cuh"
 #include "threshold_search.cuh"
 #include "tile_careful.cuh"
 #include "tile_forward_stream.cuh"
@@ -459,6 +460,7 @@ __global__ void __launch_bounds__((TileForwardTraits<kHeadDim, kSave>::kThreads)
     TileForwardKernel(const __grid_constant__ CUtensorMap key_map,
                       const __grid_constant__ CUtensorMap value_map,
                       const __grid_constant__ TileForwardParams<Element> params) {
+  WaitForEarlierKernels();
   using Traits = TileForwardTraits<kHeadDim, kSave>;
   const int flagged_count =
       params.all_units ? 1 : __shfl_sync(kFullWarp, params.control->flagged_count, 0);

@@ -9,6 +9,7 @@
 #ifndef FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
 
+#include "launch_order.cuh"
 #include "tile_careful.cuh"
 #include "tile_product.cuh"
 
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
     TileRowsBackwardKernel(const __grid_constant__ CUtensorMap key_map,
                            const __grid_constant__ CUtensorMap value_map,
                            const __grid_constant__ TileRowsParams<Element> params) {
+  WaitForEarlierKernels();
   using Traits = TileRowsTraits<kHeadDim>;
   if (!params.all_units && __shfl_sync(kFullWarp, params.control->flagged_count, 0) == 0) return;
   extern __shared__ __align__(1024) char shared_bytes[];

@@ -151,6 +151,12 @@ def attention_forward(
         pattern = pattern._replace(bias=bias)
     if query.device.type == "cuda":
         softmax = not isinstance(alpha, Tensor) and alpha == 1.0
+        if pattern.bias is not None and not softmax:
+            raise NotImplementedError(
+                f"attention_mask: got one of shape {list(pattern.bias.shape)} that is written out; "
+                "on CUDA must be causal, a sliding window or padding (torch.compile with "
+                "use_cache=False makes transformers write out a mask: leave use_cache on)"
+            )
         if pattern.key_mask is not None and not softmax:
             return unpadded_attention(query, key, value, pattern, **options), None
     output = _attention.attention(
@@ -174,9 +180,7 @@ def unpadded_attention(
     The queries are the last ones of the keys, as for flash attention. Returns
     [batch, queries, heads, size], zero where the query is padding.
     """
-    if pattern.bias is not None:
-        raise NotImplementedError("position_bias: on CUDA must be None")
-    assert pattern.key_mask is not None
+    assert pattern.key_mask is not None and pattern.bias is None
     batch, queries = query.shape[0], query.shape[2]
     keys_there = pattern.key_mask.expand(batch, -1)
     queries_there = keys_there
