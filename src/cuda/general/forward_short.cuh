@@ -21,7 +21,7 @@
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_CUH_
 
-#include "general/forward_short_strip.cuh"
+#include "general/forward_short_product.cuh"
 
 namespace flash_entmax::cuda::forward {
 
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(
   const int block_warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
   const int team_index = block_warp / kSplit;
   const AlphaCurve curve = AlphaCurve::Of(problem, head);
-  ShortStrip<Element, kHeadDim, kSplit, kFast, kHeldBlocks> strip{
-      call, part, teams[team_index], curve, head, team_index, block_warp % kSplit};
+  ShortProduct<Element, kHeadDim, kSplit, kFast, kHeldBlocks> strip{
+      {call, part, teams[team_index], curve, head, team_index, block_warp % kSplit}};
   strip.end_row = end_row;
   strip.coefficient = kFast ? curve.order * problem.scale : 1.0f;
   strip.inverse_coefficient = kFast ? 1.0f / strip.coefficient : 1.0f;
