@@ -175,7 +175,10 @@ def _arguments(
         bias = check_floating("bias", bias)
         check_device("bias", bias, "query", query)
     if alibi_slopes is not None:
-        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, heads)
+        sloped = sloped_heads(alibi_slopes, heads)
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, sloped)
+        if sloped < heads:
+            alibi_slopes = torch.nn.functional.pad(alibi_slopes, (0, heads - sloped))
     if query_scale is not None:
         query_scale = check_floating("query_scale", query_scale)
         check_device("query_scale", query_scale, "query", query)
@@ -189,13 +192,46 @@ def _arguments(
     return arguments
 
 
-def _run(arguments: tuple[Any, ...]) -> Tensor:
-    """Attention by the engine of the tensors' device."""
+def sloped_heads(slopes: Any, heads: int) -> int:
+    """The heads that ``alibi_slopes`` is about: the first ones, if it has fewer numbers."""
+    short = isinstance(slopes, Tensor) and slopes.dim() == 1 and 0 < slopes.shape[0] < heads
+    return slopes.shape[0] if short else heads
+
+
+def _run(arguments: tuple[Any, ...], sloped: int) -> Tensor:
+    """Attention by the engine of the tensors' device. Only the first ``sloped`` heads have slopes."""
     if arguments[0].device.type != "cuda":
         return _library.attention(*arguments)
     if arguments[3] is None and arguments[11] == 1.0:
         return _softmax.attention(*arguments[:3], *arguments[4:11], *arguments[12:17])
-    return _library.attention(*_check_cuda(arguments))
+    arguments = _check_cuda(arguments)
+    heads, kv_heads = arguments[0].shape[1], arguments[1].shape[1]
+    if sloped < heads and kv_heads > 0 and sloped * kv_heads % heads == 0:
+        return _run_in_parts(arguments, sloped)
+    return _library.attention(*arguments)
+
+
+def _run_in_parts(arguments: tuple[Any, ...], sloped: int) -> Tensor:
+    """The heads with slopes and those without in a call each: on GPUs their kernels differ."""
+    query, key, value, alpha, query_scale, bias, slopes, *rest = arguments
+    heads, kv_heads = query.shape[1], key.shape[1]
+
+    def parts(tensor: Tensor | None, dim: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+        if tensor is None:
+            return None, None
+        first = sloped * count // heads
+        left, right = torch.split(tensor, [first, count - first], dim)
+        return left, right
+
+    split = [
+        parts(query, 1, heads), parts(key, 1, kv_heads), parts(value, 1, kv_heads),
+        parts(alpha, 0, heads), parts(query_scale, 1, heads), parts(bias, 1, heads),
+        (slopes[:sloped], None),
+    ]  # fmt: skip
+    outputs = [_library.attention(*(pair[i] for pair in split), *rest) for i in (0, 1)]
+    if query.stride(1) < query.stride(2):  # As the operator lays its output out.
+        return torch.cat([part.transpose(1, 2) for part in outputs], 2).transpose(1, 2)
+    return torch.cat(outputs, 1)
 
 
 def attention(
@@ -257,7 +293,8 @@ def attention(
         Floating point, broadcastable to [batch, heads, query_length, key_length]; −∞ hides.
         It gets a gradient. On GPUs only with α = 1.
     alibi_slopes : Tensor, optional
-        [heads] or [], ≥ 0. It gets a gradient.
+        [heads] or [], ≥ 0; or [n], n < heads, for the first n heads, while the others have no
+        slope. On GPUs that is faster than slopes of zero. It gets a gradient.
     softcap : float
         0 means none.
     query_scale : Tensor, optional
@@ -309,7 +346,8 @@ def attention(
             alibi_slopes,
             softcap,
             query_scale,
-        )
+        ),
+        sloped_heads(alibi_slopes, query.shape[1]),
     )
     return output.transpose(1, 2) if transposed else output
 
@@ -401,7 +439,8 @@ def attention_varlen(
             cu_key,
             max_query_length,
             max_key_length,
-        )
+        ),
+        sloped_heads(alibi_slopes, query.shape[1]),
     )
     return output.squeeze(0).transpose(0, 1)
 

@@ -282,6 +282,8 @@ def call(**changes: Any) -> Tensor:
         ({"bias": torch.ones(6, 5)}, ValueError, "bias"),
         ({"bias": torch.ones(6, 6, dtype=torch.bool)}, TypeError, "bias: got torch.bool"),
         ({"alibi_slopes": -torch.ones(4)}, ValueError, "alibi_slopes: got -1"),
+        ({"alibi_slopes": torch.ones(5)}, ValueError, r"alibi_slopes: got shape \[5\]"),
+        ({"alibi_slopes": torch.ones(0)}, ValueError, r"alibi_slopes: got shape \[0\]"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1"),
         ({"query_scale": torch.ones(5)}, ValueError, "query_scale"),
         ({"layout": "nhd"}, ValueError, "layout: got 'nhd'"),
@@ -291,6 +293,39 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     call()
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("scale_heads", [0, 1, 4])
+def test_slopes_of_the_first_heads(scale_heads: int, kv_heads: int, layout: str) -> None:
+    """The others have none, also where the two kinds of heads are computed in a call each."""
+    tensors = [torch.randn(2, heads, 30, 8) for heads in (4, kv_heads, kv_heads)]
+    if layout == "bnhd":
+        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+    alpha, slopes = torch.tensor([1.2, 1.5, 1.7, 2.0]), torch.rand(2)
+    scale = 0.5 + torch.rand(2, scale_heads, 30) if scale_heads else None
+    leaves = [t.requires_grad_() for t in [*tensors, alpha, slopes, scale] if t is not None]
+
+    def results(output: Tensor) -> list[Tensor]:
+        return [output, *torch.autograd.grad(output.sin().sum(), leaves)]
+
+    options: dict[str, Any] = {"alpha": alpha, "causal": True, "query_scale": scale}
+    padded = torch.cat([slopes, torch.zeros(2)])
+    want = results(flash_entmax.attention(*tensors, alibi_slopes=padded, **options))
+    got = results(flash_entmax.attention(*tensors, alibi_slopes=slopes, **options))
+    for x, y in zip(got, want, strict=True):
+        assert_close(x, y, 1e-6)
+    if kv_heads == 1:
+        return  # Two of the four heads share a key head with the others.
+    arguments = flash_entmax._attention._arguments(
+        *tensors, alpha, True, None, None, None, None, None, None, slopes, 0.0,
+        None if scale is None else scale.expand(2, 4, 30),
+    )  # fmt: skip
+    in_parts = flash_entmax._attention._run_in_parts(arguments, 2)
+    assert in_parts.stride() == got[0].stride()
+    for x, y in zip(results(in_parts), want, strict=True):
+        assert_close(x, y, 1e-6)
 
 
 def test_bad_packed_sequences() -> None:

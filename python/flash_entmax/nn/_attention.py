@@ -109,6 +109,7 @@ class EntmaxAttention(nn.Module):
         slopes = {"alibi": alibi_slopes, "nape": nape_slopes}.get(positions)
         self.register_buffer("slopes", None if slopes is None else slopes(heads), persistent=False)
         self.slopes: Tensor | None
+        self.sloped_heads = heads // 2 if positions == "nape" else heads
         self.rotary = RotaryEmbedding(head_size) if positions == "rope" else None
         self.scale: SSMaxScale | ASEntmaxScale | None = None
         if scaling == "ssmax":
@@ -182,7 +183,7 @@ class EntmaxAttention(nn.Module):
             window_left=None if self.window is None else self.window - 1,
             key_mask=key_mask,
             key_lengths=key_lengths,
-            alibi_slopes=self.slopes,
+            alibi_slopes=None if self.slopes is None else self.slopes[: self.sloped_heads],
             softcap=self.softcap,
             query_scale=None if self.scale is None else self.scale(hidden, first),
         )
