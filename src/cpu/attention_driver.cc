@@ -32,7 +32,9 @@ struct Item {
   int64_t keys = 0;  // That any of its rows sees: what it costs.
 };
 
-// All items, the longest first, so that no thread is left with a long one at the end.
+// All items, a head after the other, so that its keys and values stay in the caches; the longest
+// sequences first, and the longest items of a head, so that no thread is left with a long one at
+// the end.
 std::vector<Item> ListItems(const ResolvedAttention& resolved, int64_t rows_per_panel) {
   std::vector<Item> items;
   for (size_t s = 0; s < resolved.sequences.size(); ++s) {
@@ -47,8 +49,18 @@ std::vector<Item> ListItems(const ResolvedAttention& resolved, int64_t rows_per_
       }
     }
   }
-  std::stable_sort(items.begin(), items.end(),
-                   [](const Item& a, const Item& b) { return a.keys > b.keys; });
+  const auto cost = [&](const Item& item) {
+    const PositionMask& mask = resolved.sequences[static_cast<size_t>(item.sequence)].mask;
+    return std::min(mask.key_length, mask.End(mask.query_length - 1));
+  };
+  std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+    if (a.sequence != b.sequence) {
+      const int64_t cost_a = cost(a);
+      const int64_t cost_b = cost(b);
+      return cost_a != cost_b ? cost_a > cost_b : a.sequence < b.sequence;
+    }
+    return a.head != b.head ? a.head < b.head : a.keys > b.keys;
+  });
   return items;
 }
 

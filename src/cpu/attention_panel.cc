@@ -23,7 +23,7 @@
 // hold the maximum, and order is free. With a position bias the visit starts at the query's own
 // position, and ends where the bias alone proves the rest zero.
 //
-// Memory traffic: of the keys one byte an element per 48 rows, from the second- or third-level
+// Memory traffic: of the keys one byte an element a panel, from the second- or third-level
 // cache, and of the few keys that pass and of the support the rows; nothing of size n².
 //
 // α = 1 runs as flash softmax: softmax-inl.h. α < 1 has no zeros, and takes the dense products.
@@ -245,10 +245,8 @@ void SearchChunk(const PanelInput<T>& input, const Visit& visit, int64_t begin, 
 template <CurveKind kKind, typename T>
 void FinishLists(const PanelInput<T>& input, const GroupSearch<T>& group, bool want_support,
                  PanelMemory<T>* memory) {
-  const int64_t panel_row = group.first_row - input.first_query;
-  for (int64_t r = 0; r < group.rows; ++r) {
-    FinishRow<kKind>(input, panel_row + r, want_support, &group.lists[r], memory);
-  }
+  FinishRows<kKind>(input, group.first_row - input.first_query, group.rows, want_support,
+                    group.lists, memory);
 }
 
 template <CurveKind kKind, typename T>
@@ -272,7 +270,7 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
     if (!short_rows) continue;
     // These scores are all there are.
     if (group.dense) {
-      FinishDense<kKind>(input, group, first, want_support, memory);
+      FinishDense<kKind>(input, group, group.rows, first, want_support, memory);
     } else {
       FinishLists<kKind>(input, group, want_support, memory);
     }
@@ -298,11 +296,11 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
     }
     begin = end;
   }
-  for (int64_t g = 0; g < group_count; ++g) {
+  for (int64_t g = 0; g < group_count;) {
     if (groups[g].dense) {
-      DenseGroup<kKind>(input, groups[g], want_support, memory);
+      g += DenseGroups<kKind>(input, groups + g, group_count - g, want_support, memory);
     } else {
-      FinishLists<kKind>(input, groups[g], want_support, memory);
+      FinishLists<kKind>(input, groups[g++], want_support, memory);
     }
   }
 }
@@ -313,10 +311,13 @@ void DensePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* m
   const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
+  GroupSearch<T> groups[kGroupsPerPanel];
   for (int64_t g = 0; g < group_count; ++g) {
-    GroupSearch<T> group;
-    PrepareGroup(input, g, memory, &group);
-    DenseGroup<CurveKind::kGeneral>(input, group, want_support, memory);
+    PrepareGroup(input, g, memory, &groups[g]);
+    groups[g].dense = true;
+  }
+  for (int64_t g = 0; g < group_count;) {
+    g += DenseGroups<CurveKind::kGeneral>(input, groups + g, group_count - g, want_support, memory);
   }
 }
 

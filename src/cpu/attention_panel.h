@@ -25,8 +25,10 @@ struct PanelShape {
 template <typename T>
 PanelShape GetPanelShape();
 
-// Groups of rows in a panel: as many as share a key block while it is in the first-level cache.
-inline constexpr int kGroupsPerPanel = 4;
+// Groups of rows in a panel. They share a key block while it is in the first-level cache, and the
+// rows of keys that pass for several of them while these are in the second-level cache. More would
+// leave too few panels to short sequences.
+inline constexpr int kGroupsPerPanel = 8;
 // Key blocks whose scores the softmax path makes before it exponentiates them.
 inline constexpr int kBlocksPerSoftmaxStep = 4;
 
@@ -109,7 +111,7 @@ struct PanelMemory {
   std::vector<T> query;
   std::vector<int8_t> rounded_query;
   std::vector<T> scores;
-  std::vector<T> probability;
+  std::vector<T> probability[2];  // Of a row and the one before.
   std::vector<CandidateList<T>> lists;
   std::vector<T> output;  // [rows][value_width]
   std::vector<double> threshold;

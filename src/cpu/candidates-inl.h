@@ -35,6 +35,22 @@ constexpr size_t ListPadding() {
   return 2 * TileWidth<T>() + HWY_MAX_BYTES / sizeof(T);
 }
 
+// Writes the scores and keys of the set lanes of `mask` from `kept` on, in whole vectors. Returns
+// how many there are.
+template <class D, class DI>
+HWY_INLINE size_t CompressEntries(D d, DI di, hn::Vec<D> score, hn::Vec<DI> key, hn::Mask<D> mask,
+                                  hn::TFromD<D>* score_out, int32_t* key_out) {
+  hn::StoreU(hn::Compress(score, mask), d, score_out);
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(int32_t)) {
+    hn::StoreU(hn::Compress(key, hn::RebindMask(di, mask)), di, key_out);
+  } else {
+    uint8_t bits[8] = {};
+    hn::StoreMaskBits(d, mask, bits);
+    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, key_out);
+  }
+  return hn::CountTrue(d, mask);
+}
+
 template <typename T>
 void WriteListEnd(CandidateList<T>* list) {
   const hn::ScalableTag<T> d;
@@ -60,20 +76,17 @@ void Prune(size_t first, CandidateList<T>* list) {
   const hn::Rebind<int32_t, decltype(d)> di;
   const size_t lanes = hn::Lanes(d);
   const auto limit = hn::Set(d, list->bound);
+  T* scores = list->score.data();
+  int32_t* keys = list->key.data();
+  const size_t count = list->count;
   size_t kept = first;
-  for (size_t i = first; i < list->count; i += lanes) {
-    const auto score = hn::LoadU(d, list->score.data() + i);
+  for (size_t i = first; i < count; i += lanes) {
+    const auto score = hn::LoadU(d, scores + i);
     const auto above = hn::Gt(score, limit);
-    const size_t size = hn::CountTrue(d, above);
-    if (size == 0) continue;
     // In place, in whole vectors: what is written never reaches what has not been read, because
     // kept ≤ i. Behind the end stands −∞.
-    const auto key = hn::LoadU(di, list->key.data() + i);
-    uint8_t bits[8] = {};
-    hn::StoreMaskBits(d, above, bits);
-    hn::StoreU(hn::Compress(score, above), d, list->score.data() + kept);
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + kept);
-    kept += size;
+    const auto key = hn::LoadU(di, keys + i);
+    kept += CompressEntries(d, di, score, key, above, scores + kept, keys + kept);
   }
   list->count = kept;
   WriteListEnd(list);

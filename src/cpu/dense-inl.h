@@ -1,9 +1,8 @@
 // The dense path: rows of which so many keys are positive that lists cost more than products.
 //
-// A group of rows keeps all its scores (a few hundred kilobytes for tens of thousands of keys: in
-// the second-level cache), solves each row's threshold on them, writes the probabilities over the
-// scores, and multiplies them with the values through the register tile. The keys are read once a
-// group, the values once.
+// A few groups of rows keep all their scores (a megabyte, or one group's: in the second-level
+// cache), solve each row's threshold on them, write the probabilities over the scores, and multiply
+// them with the values through the register tile. Keys and values are read once for all of them.
 
 #if defined(FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
@@ -33,8 +32,11 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Keys whose values stay in the first-level cache while a group's tiles pass over them.
+// Keys whose values stay in the first-level cache while the tiles pass over them.
 constexpr int64_t kDenseValueStep = 128;
+// Groups that go together share keys and values, which are read from the second- or third-level
+// cache; as many as have scores of this size, half of a second-level cache, but at least one.
+constexpr int64_t kDenseScoreBytes = int64_t{1} << 20;
 
 // Whether the row has a threshold; if so its maximum.
 template <typename T>
@@ -127,34 +129,38 @@ void AppendDenseSupport(const T* probability, size_t n, int64_t first_key, Panel
   memory->support_size.push_back(static_cast<int64_t>(memory->support_key.size() - before));
 }
 
-// output (kTileRows × value_width) = probability (kTileRows rows, `stride` apart) · values of
-// [first_key, first_key + keys).
+// output (groups · kTileRows × value_width) = probability (as many rows, `stride` apart) · values
+// of [first_key, first_key + keys).
 template <typename T>
-void MultiplyDense(const T* probability, size_t stride, int64_t keys, const PackedHead<T>& head,
-                   int64_t first_key, T* output) {
+void MultiplyDense(const T* probability, size_t stride, size_t groups, int64_t keys,
+                   const PackedHead<T>& head, int64_t first_key, T* output) {
   const auto width = static_cast<size_t>(head.value_width);
   const auto value_stride = static_cast<size_t>(head.value_stride);
-  std::fill_n(output, kTileRows * width, T{0});
+  std::fill_n(output, groups * kTileRows * width, T{0});
   for (int64_t first = 0; first < keys; first += kDenseValueStep) {
     const auto step = static_cast<size_t>(std::min(kDenseValueStep, keys - first));
     const T* values = head.values + (first_key + first) * head.value_stride;
-    size_t e = 0;
-    for (; e + TileWidth<T>() <= width; e += TileWidth<T>()) {
-      Tile<T> tile;
-      tile.Load(output + e, width);
-      tile.MultiplyAdd(probability + first, stride, values + e, value_stride, step);
-      tile.Store(output + e, width);
-    }
-    // At most one vector, since rows are whole vectors.
-    const hn::ScalableTag<T> d;
-    for (; e < width; e += hn::Lanes(d)) {
-      for (size_t r = 0; r < kTileRows; ++r) {
-        auto sum = hn::LoadU(d, output + r * width + e);
-        for (size_t j = 0; j < step; ++j) {
-          sum = hn::MulAdd(hn::Set(d, probability[r * stride + static_cast<size_t>(first) + j]),
-                           hn::LoadU(d, values + j * value_stride + e), sum);
+    for (size_t g = 0; g < groups; ++g) {
+      const T* left = probability + g * kTileRows * stride + first;
+      T* out = output + g * kTileRows * width;
+      size_t e = 0;
+      for (; e + TileWidth<T>() <= width; e += TileWidth<T>()) {
+        Tile<T> tile;
+        tile.Load(out + e, width);
+        tile.MultiplyAdd(left, stride, values + e, value_stride, step);
+        tile.Store(out + e, width);
+      }
+      // At most one vector, since rows are whole vectors.
+      const hn::ScalableTag<T> d;
+      for (; e < width; e += hn::Lanes(d)) {
+        for (size_t r = 0; r < kTileRows; ++r) {
+          auto sum = hn::LoadU(d, out + r * width + e);
+          for (size_t j = 0; j < step; ++j) {
+            sum = hn::MulAdd(hn::Set(d, left[r * stride + j]),
+                             hn::LoadU(d, values + j * value_stride + e), sum);
+          }
+          hn::StoreU(sum, d, out + r * width + e);
         }
-        hn::StoreU(sum, d, output + r * width + e);
       }
     }
   }
@@ -173,30 +179,32 @@ void MultiplyCarefully(const T* probability, int64_t keys, const PackedHead<T>& 
   }
 }
 
-// Thresholds and outputs of a group whose scores of the keys of `range` lie in memory->scores. Its
-// lists, where they have begun, give lower bounds.
+// Thresholds and outputs of `rows` rows from the first of `group` on, whose scores of the keys of
+// `range` lie in memory->scores. Their lists, where they have begun, give lower bounds.
 template <CurveKind kKind, typename T>
-void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const BlockRange& range,
-                 bool want_support, PanelMemory<T>* memory) {
+void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_t rows,
+                 const BlockRange& range, bool want_support, PanelMemory<T>* memory) {
+  const auto groups = static_cast<size_t>((rows + kTileRows - 1) / kTileRows);
+  const auto padded = static_cast<int64_t>(groups) * kTileRows;
   constexpr auto kWidth = static_cast<int64_t>(TileWidth<T>());
   const int64_t width = input.head.value_width;
   const int64_t panel_row = group.first_row - input.first_query;
   const int64_t first_key = range.first * kWidth;
   const auto stride = static_cast<size_t>((range.end - range.first) * kWidth);
   T* scores = memory->scores.data();
-  bool nan_row[kTileRows] = {};
+  bool nan_row[kGroupsPerPanel * kTileRows] = {};
   // α > 2 has no bound on u.
   const bool keep_means =
       memory->saved != nullptr && kKind != CurveKind::kSoftmax && input.curve.m <= 1.0;
-  if (keep_means && memory->weights.size() < kTileRows * stride) {
-    memory->weights.resize(kTileRows * stride);
+  if (keep_means && memory->weights.size() < groups * kTileRows * stride) {
+    memory->weights.resize(groups * kTileRows * stride);
   }
-  double sum_u[kTileRows] = {};
+  double sum_u[kGroupsPerPanel * kTileRows] = {};
   const size_t room = stride + 2 * hn::MaxLanes(hn::ScalableTag<T>());
   if (memory->candidates.size() < room) memory->candidates.resize(room);
   // λ = max + c of the row before: rows of many weights have nearly the same.
   double lambda = -std::numeric_limits<double>::infinity();
-  for (int64_t r = 0; r < group.rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     T* row = scores + static_cast<size_t>(r) * stride;
     T* weights = keep_means ? memory->weights.data() + static_cast<size_t>(r) * stride : nullptr;
     const int64_t out_row = panel_row + r;
@@ -225,7 +233,7 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
       memory->saved->Add(top, LevelNumber(curve, solution.level), nullptr, nullptr, count);
     }
   }
-  for (int64_t r = group.rows; r < kTileRows; ++r) {
+  for (int64_t r = rows; r < padded; ++r) {
     std::fill_n(scores + static_cast<size_t>(r) * stride, stride, T{0});
     if (keep_means) {
       std::fill_n(memory->weights.data() + static_cast<size_t>(r) * stride, stride, T{0});
@@ -234,18 +242,18 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
   T* output = memory->output.data() + panel_row * width;
   const int64_t keys =
       std::min(input.mask.key_length - first_key, (range.end - range.first) * kWidth);
-  MultiplyDense(scores, stride, keys, input.head, first_key, output);
+  MultiplyDense(scores, stride, groups, keys, input.head, first_key, output);
   if (keep_means) {
     T* means = memory->means.data() + panel_row * width;
-    MultiplyDense(memory->weights.data(), stride, keys, input.head, first_key, means);
-    for (int64_t r = 0; r < group.rows; ++r) {
+    MultiplyDense(memory->weights.data(), stride, groups, keys, input.head, first_key, means);
+    for (int64_t r = 0; r < rows; ++r) {
       const T factor = static_cast<T>(sum_u[r] > 0.0 ? 1.0 / sum_u[r] : 0.0);
       for (int64_t e = 0; e < width; ++e) means[r * width + e] *= factor;
     }
     // Sums of huge values may have left the range of T: then none is kept.
-    if (AllFinite(means, static_cast<size_t>(group.rows * width))) memory->mean_rows += group.rows;
+    if (AllFinite(means, static_cast<size_t>(rows * width))) memory->mean_rows += rows;
   }
-  for (int64_t r = 0; r < group.rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     T* out = output + r * width;
     if (std::isnan(memory->threshold[static_cast<size_t>(panel_row + r)])) {
       std::fill_n(out, width, nan_row[r] ? std::numeric_limits<T>::quiet_NaN() : T{0});
@@ -255,14 +263,27 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, const 
   }
 }
 
-// A group from scratch.
+// Whole groups from scratch: those of groups[0, count) that go together. Returns how many.
 template <CurveKind kKind, typename T>
-void DenseGroup(const PanelInput<T>& input, const GroupSearch<T>& group, bool want_support,
-                PanelMemory<T>* memory) {
-  const BlockRange range =
-      VisibleBlocks<T>(input, group.first_row, group.first_row + group.rows - 1);
-  ScoreBlocks(input, group.first_row, group.rows, range, memory);
-  FinishDense<kKind>(input, group, range, want_support, memory);
+int64_t DenseGroups(const PanelInput<T>& input, const GroupSearch<T>* groups, int64_t count,
+                    bool want_support, PanelMemory<T>* memory) {
+  const int64_t first_row = groups[0].first_row;
+  const auto range_of = [&](int64_t rows) {
+    return VisibleBlocks<T>(input, first_row, first_row + rows - 1);
+  };
+  int64_t taken = 1;
+  int64_t rows = groups[0].rows;
+  for (; taken < count && groups[taken].dense; ++taken) {
+    const int64_t more = rows + groups[taken].rows;
+    const BlockRange range = range_of(more);
+    const int64_t keys = (range.end - range.first) * static_cast<int64_t>(TileWidth<T>());
+    if ((taken + 1) * kTileRows * keys * static_cast<int64_t>(sizeof(T)) > kDenseScoreBytes) break;
+    rows = more;
+  }
+  const BlockRange range = range_of(rows);
+  ScoreBlocks(input, first_row, rows, range, memory);
+  FinishDense<kKind>(input, groups[0], rows, range, want_support, memory);
+  return taken;
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)

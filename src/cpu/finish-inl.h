@@ -95,10 +95,13 @@ void Probabilities(const Solution& solution, CandidateList<T>* list, T* probabil
   const hn::Rebind<T, DoubleTag> dt;
   const hn::Rebind<int32_t, DoubleTag> di;
   const size_t lanes = hn::Lanes(d);
+  T* scores = list->score.data();
+  int32_t* keys = list->key.data();
+  const size_t count = list->count;
+  const auto max = hn::Set(d, static_cast<double>(list->max));
   size_t kept = 0;
-  for (size_t i = 0; i < list->count; i += lanes) {
-    const auto distance =
-        hn::Sub(hn::Set(d, static_cast<double>(list->max)), LoadScores(d, &list->score[i]));
+  for (size_t i = 0; i < count; i += lanes) {
+    const auto distance = hn::Sub(max, LoadScores(d, scores + i));
     hn::Vec<DoubleTag> unused;
     auto p = EvaluateLevel<kKind, T>(d, distance, solution.level, &unused);
     if (solution.second.factor > 0.0) {
@@ -107,14 +110,10 @@ void Probabilities(const Solution& solution, CandidateList<T>* list, T* probabil
     // Behind the end stands −∞, whose probability is zero. Written in place as Prune() does.
     const auto value = ToScores<T>(p);
     const auto positive = hn::Gt(value, hn::Zero(dt));
-    uint8_t bits[8] = {};
-    hn::StoreMaskBits(dt, positive, bits);
-    const auto score = hn::LoadU(dt, list->score.data() + i);
-    const auto key = hn::LoadU(di, list->key.data() + i);
+    const auto score = hn::LoadU(dt, scores + i);
+    const auto key = hn::LoadU(di, keys + i);
     hn::StoreU(hn::Compress(value, positive), dt, probability + kept);
-    hn::StoreU(hn::Compress(score, positive), dt, list->score.data() + kept);
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + kept);
-    kept += hn::CountTrue(dt, positive);
+    kept += CompressEntries(dt, di, score, key, positive, scores + kept, keys + kept);
   }
   list->count = kept;
 }
@@ -155,20 +154,10 @@ void FinishWithoutThreshold(bool not_a_number, int64_t row, bool want_support, i
   }
 }
 
-// Exact threshold, probabilities and output of one row from its candidates.
+// Exact threshold and probabilities of one row from its candidates, if it has any.
 template <CurveKind kKind, typename T>
-void FinishRow(const PanelInput<T>& input, int64_t row, bool want_support, CandidateList<T>* list,
-               PanelMemory<T>* memory) {
-  if (list->not_a_number || list->count == 0) {
-    return FinishWithoutThreshold(list->not_a_number, row, want_support, input.head.value_width,
-                                  memory);
-  }
-  // The values arrive while the threshold is solved.
-  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (size_t i = 0; i < std::min<size_t>(list->count, 64); ++i) {
-    const T* value = input.head.values + list->key[i] * input.head.value_stride;
-    for (int64_t e = 0; e < input.head.value_width; e += kPerLine) hwy::Prefetch(value + e);
-  }
+Solution SolveRow(const PanelInput<T>& input, CandidateList<T>* list, std::vector<T>* probability) {
+  if (list->not_a_number || list->count == 0) return {};
   WriteListEnd(list);
   const Curve& curve = input.curve;
   const double max = static_cast<double>(list->max);
@@ -176,18 +165,51 @@ void FinishRow(const PanelInput<T>& input, int64_t row, bool want_support, Candi
       kKind == CurveKind::kGeneral
           ? SolveLean<kKind>(list->score.data(), list->count, curve, max, list->offset)
           : SolveCurve<kKind>(list->score.data(), list->count, curve, max, list->offset);
-  memory->threshold[static_cast<size_t>(row)] = solution.threshold;
   const size_t room = list->count + ListPadding<T>();
-  if (memory->probability.size() < room) memory->probability.resize(room);
-  T* probability = memory->probability.data();
-  Probabilities<kKind>(solution, list, probability);
-  AccumulateValues(*list, probability, input.head,
+  if (probability->size() < room) probability->resize(room);
+  Probabilities<kKind>(solution, list, probability->data());
+  // The values arrive while the next row is solved.
+  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (size_t i = 0; i < std::min<size_t>(list->count, 64); ++i) {
+    const T* value = input.head.values + list->key[i] * input.head.value_stride;
+    for (int64_t e = 0; e < input.head.value_width; e += kPerLine) hwy::Prefetch(value + e);
+  }
+  return solution;
+}
+
+// Output of a solved row, and what is kept of it.
+template <typename T>
+void EmitRow(const PanelInput<T>& input, int64_t row, bool want_support,
+             const CandidateList<T>& list, const Solution& solution, const T* probability,
+             PanelMemory<T>* memory) {
+  if (list.not_a_number || list.count == 0) {
+    return FinishWithoutThreshold(list.not_a_number, row, want_support, input.head.value_width,
+                                  memory);
+  }
+  memory->threshold[static_cast<size_t>(row)] = solution.threshold;
+  AccumulateValues(list, probability, input.head,
                    memory->output.data() + row * input.head.value_width);
   if (memory->saved != nullptr) {
-    memory->saved->Add(max, LevelNumber(curve, solution.level), list->key.data(), probability,
-                       static_cast<int64_t>(list->count));
+    memory->saved->Add(static_cast<double>(list.max), LevelNumber(input.curve, solution.level),
+                       list.key.data(), probability, static_cast<int64_t>(list.count));
   }
-  if (want_support) AppendSupport(*list, probability, memory);
+  if (want_support) AppendSupport(list, probability, memory);
+}
+
+// Finishes `rows` rows of the panel from `first` on.
+template <CurveKind kKind, typename T>
+void FinishRows(const PanelInput<T>& input, int64_t first, int64_t rows, bool want_support,
+                CandidateList<T>* lists, PanelMemory<T>* memory) {
+  Solution solution[2];
+  for (int64_t r = 0; r <= rows; ++r) {
+    if (r < rows) {
+      solution[r % 2] = SolveRow<kKind>(input, &lists[r], &memory->probability[r % 2]);
+    }
+    if (r == 0) continue;
+    const int64_t before = (r - 1) % 2;
+    EmitRow(input, first + r - 1, want_support, lists[r - 1], solution[before],
+            memory->probability[before].data(), memory);
+  }
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)

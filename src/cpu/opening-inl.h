@@ -123,55 +123,61 @@ void CompressOpening(const T* HWY_RESTRICT scores, size_t n, int64_t first_key,
   const hn::Rebind<int32_t, decltype(d)> di;
   const size_t lanes = hn::Lanes(d);
   const auto limit = hn::Set(d, list->bound);
+  const auto step = hn::Set(di, static_cast<int32_t>(lanes));
+  auto key = hn::Iota(di, static_cast<int32_t>(first_key));
   for (size_t i = 0; i < n; i += TileWidth<T>()) {
-    auto below = hn::Le(hn::LoadU(d, scores + i), limit);
-    for (size_t j = lanes; j < TileWidth<T>(); j += lanes) {
-      below = hn::And(below, hn::Le(hn::LoadU(d, scores + i + j), limit));
-    }
-    if (hn::AllTrue(d, below)) continue;
     MakeRoom(list);
+    T* score_out = list->score.data();
+    int32_t* key_out = list->key.data();
+    size_t count = list->count;
+    // Every vector is written, since which ones hold a hit cannot be predicted.
     for (size_t j = i; j < i + TileWidth<T>(); j += lanes) {
       const auto s = hn::LoadU(d, scores + j);
-      const auto above = hn::Not(hn::Le(s, limit));
-      hn::StoreU(hn::Compress(s, above), d, list->score.data() + list->count);
-      uint8_t bits[8] = {};
-      hn::StoreMaskBits(d, above, bits);
-      const auto key = hn::Iota(di, static_cast<int32_t>(first_key) + static_cast<int32_t>(j));
-      hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, list->key.data() + list->count);
-      list->count += hn::CountTrue(d, above);
+      count += CompressEntries(d, di, s, key, hn::Not(hn::Le(s, limit)), score_out + count,
+                               key_out + count);
+      key = hn::Add(key, step);
     }
+    list->count = count;
   }
 }
 
-// Scores of `rows` rows from `first_row` and the keys of the blocks of `range`, in memory->scores:
-// [kTileRows][keys of the range].
+// Scores of `rows` rows from `first_row`, up to whole groups, and the keys of the blocks of
+// `range`, in memory->scores: [rows][keys of the range]. Groups share a block while it is in the
+// first-level cache.
 template <typename T>
 void ScoreBlocks(const PanelInput<T>& input, int64_t first_row, int64_t rows,
                  const BlockRange& range, PanelMemory<T>* memory) {
   constexpr size_t kWidth = TileWidth<T>();
   const auto depth = static_cast<size_t>(input.head_size);
   const auto stride = static_cast<size_t>(range.end - range.first) * kWidth;
-  if (memory->scores.size() < kTileRows * stride) memory->scores.resize(kTileRows * stride);
-  T* HWY_RESTRICT target = memory->scores.data();
-  const T* query = input.query + (first_row - input.first_query) * input.query_stride;
-  const int64_t last_row = first_row + rows - 1;
-  for (int64_t block = range.first; block < range.end; ++block, target += kWidth) {
+  const int64_t groups = (rows + kTileRows - 1) / kTileRows;
+  const size_t size = static_cast<size_t>(groups * kTileRows) * stride;
+  if (memory->scores.size() < size) memory->scores.resize(size);
+  for (int64_t block = range.first; block < range.end; ++block) {
     const int64_t first_key = block * static_cast<int64_t>(kWidth);
-    if (first_key >= input.mask.End(last_row) ||
-        first_key + static_cast<int64_t>(kWidth) <= input.mask.First(first_row)) {
-      for (size_t r = 0; r < kTileRows; ++r) {
-        std::fill_n(target + r * stride, kWidth, -Infinity<T>());
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = first_row + g * kTileRows;
+      const int64_t last = first_row + std::min(rows, (g + 1) * kTileRows) - 1;
+      T* HWY_RESTRICT target = memory->scores.data() + static_cast<size_t>(g * kTileRows) * stride +
+                               static_cast<size_t>(block - range.first) * kWidth;
+      if (first_key >= input.mask.End(last) ||
+          first_key + static_cast<int64_t>(kWidth) <= input.mask.First(first)) {
+        for (size_t r = 0; r < kTileRows; ++r) {
+          std::fill_n(target + r * stride, kWidth, -Infinity<T>());
+        }
+        continue;
       }
-      continue;
-    }
-    Tile<T> tile;
-    tile.Zero();
-    tile.MultiplyAdd(query, static_cast<size_t>(input.query_stride),
-                     input.head.keys + block * static_cast<int64_t>(kWidth * depth), kWidth, depth);
-    tile.Store(target, stride);
-    if (NeedsModification(input, first_row, last_row, first_key)) {
-      for (int64_t r = 0; r < rows; ++r) {
-        ModifyScores(input, first_row + r, first_key, target + static_cast<size_t>(r) * stride);
+      Tile<T> tile;
+      tile.Zero();
+      tile.MultiplyAdd(input.query + (first - input.first_query) * input.query_stride,
+                       static_cast<size_t>(input.query_stride),
+                       input.head.keys + block * static_cast<int64_t>(kWidth * depth), kWidth,
+                       depth);
+      tile.Store(target, stride);
+      if (NeedsModification(input, first, last, first_key)) {
+        for (int64_t r = first; r <= last; ++r) {
+          ModifyScores(input, r, first_key, target + static_cast<size_t>(r - first) * stride);
+        }
       }
     }
   }

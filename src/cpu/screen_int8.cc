@@ -256,18 +256,53 @@ FLASH_ENTMAX_VNNI void LookAtPending(ScreenHits* hits) {
   AppendHits(sum, hits->tag, hits);
 }
 
-// Registers: 0 and 1 sums of 12 rows and 16 keys, 2 queries, 3 and 4 keys.
+// The block that is visited next, most often the one before: into the first-level cache, a part for
+// every tile of this one.
+inline __attribute__((always_inline)) void PrefetchKeys(size_t depth, ScreenHits* hits) {
+  constexpr size_t kTiles = 8;
+  const size_t bytes = depth * kScreenKeys / kTiles;
+  for (size_t i = 0; i < bytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(hits->ahead + i), _MM_HINT_T0);
+  }
+  hits->ahead += bytes;
+}
+
+// Registers: 0 and 1 sums of 12 rows and 16 keys, 2 queries, 3 to 6 keys. Those of a block of up to
+// 128 elements stay there for all groups of a panel.
 FLASH_ENTMAX_AMX void ScreenByMatrixUnit(const int8_t* query, const uint8_t* keys, size_t depth,
                                          const int32_t* start, uint32_t tag, ScreenHits* hits) {
   const int slot = 1 - hits->slot;
   _tile_zero(0);
   _tile_zero(1);
-  for (size_t e = 0; e < depth; e += 64) {
-    _tile_loadd(2, query + e * kScreenRows, 64);
-    _tile_loadd(3, keys + e * kScreenKeys, 4 * kScreenKeys);
-    _tile_loadd(4, keys + e * kScreenKeys + 64, 4 * kScreenKeys);
+  if (depth <= 128) {
+    const uint8_t* more = keys + 64 * kScreenKeys;
+    if (hits->loaded != keys) {
+      _tile_loadd(3, keys, 4 * kScreenKeys);
+      _tile_loadd(4, keys + 64, 4 * kScreenKeys);
+      if (depth == 128) {
+        _tile_loadd(5, more, 4 * kScreenKeys);
+        _tile_loadd(6, more + 64, 4 * kScreenKeys);
+      }
+      hits->loaded = keys;
+      hits->ahead = reinterpret_cast<uintptr_t>(keys) - depth * kScreenKeys;
+    }
+    PrefetchKeys(depth, hits);
+    _tile_loadd(2, query, 64);
     _tile_dpbsud(0, 2, 3);
     _tile_dpbsud(1, 2, 4);
+    if (depth == 128) {
+      _tile_loadd(2, query + 64 * kScreenRows, 64);
+      _tile_dpbsud(0, 2, 5);
+      _tile_dpbsud(1, 2, 6);
+    }
+  } else {
+    for (size_t e = 0; e < depth; e += 64) {
+      _tile_loadd(2, query + e * kScreenRows, 64);
+      _tile_loadd(3, keys + e * kScreenKeys, 4 * kScreenKeys);
+      _tile_loadd(4, keys + e * kScreenKeys + 64, 4 * kScreenKeys);
+      _tile_dpbsud(0, 2, 3);
+      _tile_dpbsud(1, 2, 4);
+    }
   }
   _tile_stored(0, hits->sums[slot], sizeof(hits->sums[slot][0]));
   _tile_stored(1, &hits->sums[slot][0][16], sizeof(hits->sums[slot][0]));
@@ -283,8 +318,8 @@ struct alignas(64) TileShapes {
   uint8_t palette = 1;
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
-  uint8_t rows[16] = {kScreenRows, kScreenRows, kScreenRows, 16, 16};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kScreenRows, kScreenRows, kScreenRows, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileShapes) == 64);
 
@@ -325,6 +360,7 @@ MatrixUnit::~MatrixUnit() {
 void FinishHits(ScreenHits* hits) {
   if (hits->pending) LookAtPending(hits);
   hits->pending = false;
+  hits->loaded = nullptr;
 }
 
 FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,

@@ -105,6 +105,10 @@ struct ScreenHits {
   uint32_t tag = 0;  // Of the tile that is not looked at yet, if there is one.
   int slot = 0;
   bool pending = false;
+  // The keys in the matrix unit's registers, and those to be fetched; no longer than until
+  // FinishHits().
+  const uint8_t* loaded = nullptr;
+  uintptr_t ahead = 0;
 
   // For the tile that is pending and one more.
   bool HasRoom() const { return count + 2 * size_t{kScreenRows} <= kCapacity; }
@@ -116,7 +120,8 @@ void FinishHits(ScreenHits* hits);
 
 // Tests one tile. limit[r], 16 numbers: raw products at or below it need not be found; products of
 // floats that are summed in any order may exceed exact ones by slack·‖q‖·‖k‖. Appends the rows with
-// a hit to `hits`, which has room.
+// a hit to `hits`, which has room. The keys must stay as they are until FinishHits(), because the
+// matrix unit does not load those of the tile before again.
 void ScreenTile(const ScreenRows& rows, const int8_t* query, const KeyBlockBound& bound,
                 const uint8_t* keys, size_t depth, const float* limit, float slack, uint32_t tag,
                 ScreenHits* hits);

@@ -90,14 +90,16 @@ void SetLimits(const PanelInput<T>& input, int64_t first_key, int64_t end_key,
   }
 }
 
+// Of the keys of a block whose bits are set, those that `row` of the group sees.
 template <typename T>
-HWY_INLINE void AppendKey(const PanelInput<T>& input, int32_t key, CandidateList<T>* list) {
-  list->key[list->count++] = key;
-  // Its row is read when the chunk is over; by then it has arrived.
-  const T* row = input.table.rows + key * input.table.row_stride;
-  for (int64_t e = 0; e < input.head_size; e += 64 / static_cast<int64_t>(sizeof(T))) {
-    hwy::Prefetch(row + e);
-  }
+HWY_INLINE uint64_t VisibleBits(const PanelInput<T>& input, int64_t row, uint64_t above,
+                                int64_t first_key, const GroupSearch<T>& group) {
+  const int64_t begin = input.mask.First(group.first_row + row) - first_key;
+  const int64_t end = input.mask.End(group.first_row + row) - first_key;
+  if (begin >= 64 || end <= 0) return 0;
+  if (begin > 0) above &= ~uint64_t{0} << begin;
+  if (end < 64) above &= (uint64_t{1} << end) - 1;
+  return above;
 }
 
 // Appends the keys of a block whose bits are set, as far as `row` of the group sees them.
@@ -106,15 +108,11 @@ HWY_INLINE void AppendKeys(const PanelInput<T>& input, int64_t row, uint64_t abo
                            int64_t first_key, GroupSearch<T>* group) {
   CandidateList<T>* list = &group->lists[row];
   if (list->not_a_number) return;
-  const int64_t begin = input.mask.First(group->first_row + row) - first_key;
-  const int64_t end = input.mask.End(group->first_row + row) - first_key;
-  if (begin >= 64 || end <= 0) return;
-  if (begin > 0) above &= ~uint64_t{0} << begin;
-  if (end < 64) above &= (uint64_t{1} << end) - 1;
+  above = VisibleBits(input, row, above, first_key, *group);
   MakeRoom(list);
   for (; above != 0; above &= above - 1) {
     const auto j = static_cast<int64_t>(hwy::Num0BitsBelowLS1Bit_Nonzero64(above));
-    AppendKey(input, static_cast<int32_t>(first_key + j), list);
+    list->key[list->count++] = static_cast<int32_t>(first_key + j);
   }
 }
 
@@ -176,7 +174,7 @@ void TestBlock(const PanelInput<T>& input, int64_t block, GroupSearch<T>* group)
 
 // Hits of screened tiles are tagged with block, group and row.
 constexpr uint32_t kRowBits = 4;
-constexpr uint32_t kGroupBits = 2;
+constexpr uint32_t kGroupBits = 3;
 static_assert(kScreenRows <= 1 << kRowBits && kGroupsPerPanel <= 1 << kGroupBits);
 
 // Tests one block of group `index` by products of 8-bit integers.
@@ -194,56 +192,107 @@ HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64
 HWY_INLINE void TakeHits(const PanelInput<float>& input, bool all_visible,
                          GroupSearch<float>* groups, ScreenHits* hits) {
   FinishHits(hits);
+  const hn::ScalableTag<int32_t> d;
+  const size_t lanes = hn::Lanes(d);
+  const auto first_lanes = hn::Iota(d, 0);
   for (size_t i = 0; i < hits->count; ++i) {
     const uint32_t where = hits->where[i];
-    const int64_t first_key = int64_t{where >> (kGroupBits + kRowBits)} * kScreenKeys;
+    const auto first_key =
+        static_cast<int32_t>((where >> (kGroupBits + kRowBits)) * uint32_t{kScreenKeys});
     GroupSearch<float>& group = groups[(where >> kRowBits) & ((1u << kGroupBits) - 1)];
     const int64_t r = where & ((1u << kRowBits) - 1);
-    if (!all_visible) {
-      AppendKeys(input, r, hits->above[i], first_key, &group);
-      continue;
-    }
     CandidateList<float>* list = &group.lists[r];
+    uint32_t above = hits->above[i];
+    if (!all_visible) {
+      above = static_cast<uint32_t>(VisibleBits(input, r, above, first_key, group));
+    }
     MakeRoom(list);
-    for (uint32_t above = hits->above[i]; above != 0; above &= above - 1) {
-      const auto j = static_cast<int64_t>(hwy::Num0BitsBelowLS1Bit_Nonzero32(above));
-      AppendKey(input, static_cast<int32_t>(first_key + j), list);
+    int32_t* HWY_RESTRICT key = list->key.data() + list->count;
+    list->count += hwy::PopCount(above);
+    // In whole vectors without a loop over the bits, since how many there are cannot be predicted.
+    for (size_t j = 0; j < kScreenKeys; j += lanes) {
+      uint8_t bits[8];
+      hwy::CopyBytes<sizeof(above)>(&above, bits);
+      const auto mask = hn::LoadMaskBits(d, bits);
+      const auto keys = hn::Add(first_lanes, hn::Set(d, first_key + static_cast<int32_t>(j)));
+      hn::StoreU(hn::Compress(keys, mask), d, key);
+      key += hn::CountTrue(d, mask);
+      above = lanes < 32 ? above >> lanes : 0;
     }
   }
   hits->count = 0;
 }
 
+// Sums of neighbouring lanes: those of `a` in the lower half, those of `b` in the upper.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V AddNeighbours(D d, V a, V b) {
+#if HWY_TARGET == HWY_SCALAR
+  (void)d;  // Lanes have no neighbours; never called.
+  return hn::Add(a, b);
+#else
+  return hn::Add(hn::ConcatEven(d, b, a), hn::ConcatOdd(d, b, a));
+#endif
+}
+
+// Four products of one query row and a key, in partial sums: a quarter of the lanes each.
+template <class D, typename T = hn::TFromD<D>>
+HWY_INLINE hn::Vec<D> ProductsOfFour(D d, const T* HWY_RESTRICT query, const T* HWY_RESTRICT k0,
+                                     const T* HWY_RESTRICT k1, const T* HWY_RESTRICT k2,
+                                     const T* HWY_RESTRICT k3, size_t depth) {
+  auto s0 = hn::Zero(d);
+  auto s1 = s0;
+  auto s2 = s0;
+  auto s3 = s0;
+  for (size_t e = 0; e < depth; e += hn::Lanes(d)) {
+    const auto q = hn::LoadU(d, query + e);
+    s0 = hn::MulAdd(q, hn::LoadU(d, k0 + e), s0);
+    s1 = hn::MulAdd(q, hn::LoadU(d, k1 + e), s1);
+    s2 = hn::MulAdd(q, hn::LoadU(d, k2 + e), s2);
+    s3 = hn::MulAdd(q, hn::LoadU(d, k3 + e), s3);
+  }
+  return AddNeighbours(d, AddNeighbours(d, s0, s1), AddNeighbours(d, s2, s3));
+}
+
 // Products of one query row and listed keys, each summed in the one order that candidates have: a
-// vector of partial sums over the head, then their sum. Four keys at a time, for their loads.
+// vector of partial sums over the head, then neighbouring lanes until one is left. A vector of keys
+// at a time, so that the sums of lanes cost little more than one key's.
 template <typename T>
 void ProductsOfKeys(const PanelInput<T>& input, const T* HWY_RESTRICT query,
                     const int32_t* HWY_RESTRICT keys, size_t n, T* HWY_RESTRICT scores) {
   const hn::ScalableTag<T> d;
+  constexpr size_t kLanes = hn::MaxLanes(d);
   const auto depth = static_cast<size_t>(input.query_stride);
   const auto row = [&](size_t i) HWY_ATTR {
     return input.table.rows + keys[std::min(i, n - 1)] * input.table.row_stride;
   };
-  for (size_t i = 0; i < n; i += 4) {
-    const T* HWY_RESTRICT k0 = row(i);
-    const T* HWY_RESTRICT k1 = row(i + 1);
-    const T* HWY_RESTRICT k2 = row(i + 2);
-    const T* HWY_RESTRICT k3 = row(i + 3);
-    auto s0 = hn::Zero(d);
-    auto s1 = s0;
-    auto s2 = s0;
-    auto s3 = s0;
-    for (size_t e = 0; e < depth; e += hn::Lanes(d)) {
-      const auto q = hn::LoadU(d, query + e);
-      s0 = hn::MulAdd(q, hn::LoadU(d, k0 + e), s0);
-      s1 = hn::MulAdd(q, hn::LoadU(d, k1 + e), s1);
-      s2 = hn::MulAdd(q, hn::LoadU(d, k2 + e), s2);
-      s3 = hn::MulAdd(q, hn::LoadU(d, k3 + e), s3);
+  // Behind n there is room, and nothing of value.
+  if constexpr (kLanes <= 2) {
+    for (size_t i = 0; i < n; ++i) {
+      auto sum = hn::Zero(d);
+      for (size_t e = 0; e < depth; e += kLanes) {
+        sum = hn::MulAdd(hn::LoadU(d, query + e), hn::LoadU(d, row(i) + e), sum);
+      }
+      scores[i] = hn::GetLane(hn::SumOfLanes(d, sum));
     }
-    // Behind n there is room, and nothing of value.
-    scores[i] = hn::GetLane(hn::SumOfLanes(d, s0));
-    scores[i + 1] = hn::GetLane(hn::SumOfLanes(d, s1));
-    scores[i + 2] = hn::GetLane(hn::SumOfLanes(d, s2));
-    scores[i + 3] = hn::GetLane(hn::SumOfLanes(d, s3));
+    return;
+  }
+  const auto four = [&](size_t i) HWY_ATTR {
+    return ProductsOfFour(d, query, row(i), row(i + 1), row(i + 2), row(i + 3), depth);
+  };
+  const auto eight = [&](size_t i) HWY_ATTR {
+    const auto sum = four(i);
+    return AddNeighbours(d, sum, i + 4 < n ? four(i + 4) : sum);
+  };
+  for (size_t i = 0; i < n; i += kLanes) {
+    if constexpr (kLanes == 4) {
+      hn::StoreU(four(i), d, scores + i);
+    } else if constexpr (kLanes == 8) {
+      hn::StoreU(eight(i), d, scores + i);
+    } else {
+      static_assert(kLanes <= 16);
+      const auto sum = eight(i);
+      hn::StoreU(AddNeighbours(d, sum, i + 8 < n ? eight(i + 8) : sum), d, scores + i);
+    }
   }
 }
 
@@ -270,11 +319,26 @@ void ModifyListed(const PanelInput<T>& input, int64_t row, const int32_t* keys, 
   }
 }
 
+// Asks for the rows of the keys that the search has listed for a row, a few dozen at most.
+template <typename T>
+HWY_INLINE void PrefetchNewKeys(const PanelInput<T>& input, const CandidateList<T>& list) {
+  constexpr size_t kMost = 32;
+  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int32_t* keys = list.key.data();
+  const size_t end = std::min(list.count, list.scored + kMost);
+  for (size_t i = list.scored; i < end; ++i) {
+    const T* row = input.table.rows + keys[i] * input.table.row_stride;
+    for (int64_t e = 0; e < input.head_size; e += kPerLine) hwy::Prefetch(row + e);
+  }
+}
+
 // Scores and takes the keys that the search has listed.
 template <CurveKind kKind, typename T>
 void ScoreNewKeys(const PanelInput<T>& input, GroupSearch<T>* group) {
+  PrefetchNewKeys(input, group->lists[0]);
   for (int64_t r = 0; r < group->rows; ++r) {
     CandidateList<T>* list = &group->lists[r];
+    if (r + 1 < group->rows) PrefetchNewKeys(input, group->lists[r + 1]);
     const size_t first = list->scored;
     const size_t n = list->count - first;
     if (n == 0) continue;
