@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace flash_entmax::cpu {
 
@@ -24,6 +25,21 @@ template <typename T>
 AlignedArray<T> MakeAligned(size_t count) {
   return AlignedArray<T>(static_cast<T*>(::operator new(count * sizeof(T), kCacheLine)));
 }
+
+template <typename T>
+struct AlignedAllocator {
+  using value_type = T;
+  AlignedAllocator() = default;
+  template <typename U>
+  explicit AlignedAllocator(const AlignedAllocator<U>& /*other*/) {}
+  T* allocate(size_t count) { return MakeAligned<T>(count).release(); }
+  void deallocate(T* data, size_t /*count*/) { AlignedDelete()(data); }
+  bool operator==(const AlignedAllocator& /*other*/) const { return true; }
+};
+
+// A vector of numbers whose first element begins a cache line.
+template <typename T>
+using AlignedVector = std::vector<T, AlignedAllocator<T>>;
 
 }  // namespace flash_entmax::cpu
 

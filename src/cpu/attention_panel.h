@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned_array.h"
 #include "cpu/curve.h"
 #include "cpu/saved_support.h"
 #include "cpu/screen_int8.h"
@@ -93,8 +94,8 @@ struct PanelInput {
 // The candidates of one row: keys that no bound has excluded yet.
 template <typename T>
 struct CandidateList {
-  std::vector<T> score;
-  std::vector<int32_t> key;
+  AlignedVector<T> score;
+  AlignedVector<int32_t> key;
   size_t count = 0;
   size_t refine_at = 0;  // Number of candidates at which the bound is raised next.
   T bound = T{0};        // Scores at or below it are exact zeros.
@@ -108,12 +109,12 @@ struct CandidateList {
 template <typename T>
 struct PanelMemory {
   ScreenHits hits;  // The most aligned first.
-  std::vector<T> query;
+  AlignedVector<T> query;
   std::vector<int8_t> rounded_query;
-  std::vector<T> scores;
-  std::vector<T> probability[2];  // Of a row and the one before.
+  AlignedVector<T> scores;
+  AlignedVector<T> probability[2];  // Of a row and the one before.
   std::vector<CandidateList<T>> lists;
-  std::vector<T> output;  // [rows][value_width]
+  AlignedVector<T> output;  // [rows][value_width]
   std::vector<double> threshold;
   // Support of the last panel, row after row; filled if wanted.
   std::vector<int64_t> support_size;
@@ -123,11 +124,11 @@ struct PanelMemory {
   SavedPanelWriter<T>* saved = nullptr;
   // With `saved`, of the dense rows of the panel (α ≤ 2, not 1): the mean of the values under
   // u = p^(2−α), [rows][value_width], how many rows have one, and the sizes of their supports.
-  std::vector<T> means;
+  AlignedVector<T> means;
   int64_t mean_rows = 0;
   int64_t mean_entries = 0;
-  std::vector<T> weights;     // u of a group of rows.
-  std::vector<T> candidates;  // Scores of a dense row that are not zero yet.
+  AlignedVector<T> weights;     // u of a group of rows.
+  AlignedVector<T> candidates;  // Scores of a dense row that are not zero yet.
 };
 
 // Runs a panel; leaves output, threshold and, if `want_support`, the support in `memory`.

@@ -190,7 +190,8 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
   const int64_t width = input.head.value_width;
   const int64_t panel_row = group.first_row - input.first_query;
   const int64_t first_key = range.first * kWidth;
-  const auto stride = static_cast<size_t>((range.end - range.first) * kWidth);
+  const auto n = static_cast<size_t>((range.end - range.first) * kWidth);
+  const size_t stride = ScoreStride<T>(range);
   T* scores = memory->scores.data();
   bool nan_row[kGroupsPerPanel * kTileRows] = {};
   // α > 2 has no bound on u.
@@ -200,7 +201,7 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
     memory->weights.resize(groups * kTileRows * stride);
   }
   double sum_u[kGroupsPerPanel * kTileRows] = {};
-  const size_t room = stride + 2 * hn::MaxLanes(hn::ScalableTag<T>());
+  const size_t room = n + 2 * hn::MaxLanes(hn::ScalableTag<T>());
   if (memory->candidates.size() < room) memory->candidates.resize(room);
   // λ = max + c of the row before: rows of many weights have nearly the same.
   double lambda = -std::numeric_limits<double>::infinity();
@@ -209,9 +210,9 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
     T* weights = keep_means ? memory->weights.data() + static_cast<size_t>(r) * stride : nullptr;
     const int64_t out_row = panel_row + r;
     T max = T{0};
-    if (!FiniteMaximum(row, stride, &max, &nan_row[r])) {
-      std::fill_n(row, stride, T{0});
-      if (keep_means) std::fill_n(weights, stride, T{0});
+    if (!FiniteMaximum(row, n, &max, &nan_row[r])) {
+      std::fill_n(row, n, T{0});
+      if (keep_means) std::fill_n(weights, n, T{0});
       FinishWithoutThreshold(nan_row[r], out_row, want_support, width, memory);
       continue;
     }
@@ -223,20 +224,20 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
     lower -= 1e-6 * (1.0 + std::abs(lower)) + 1e-15 * std::abs(top);
     lower = lower > 0.0 ? lower : 0.0;
     const Solution solution =
-        SolveMany<kKind>(row, stride, curve, top, lower, lambda - top, memory->candidates.data());
+        SolveMany<kKind>(row, n, curve, top, lower, lambda - top, memory->candidates.data());
     if (curve.m <= 1.0) lambda = top + solution.level.shift / curve.m;
     memory->threshold[static_cast<size_t>(out_row)] = solution.threshold;
-    const int64_t count = DenseProbabilities<kKind>(solution, top, stride, row, weights, &sum_u[r]);
+    const int64_t count = DenseProbabilities<kKind>(solution, top, n, row, weights, &sum_u[r]);
     memory->mean_entries += count;
-    if (want_support) AppendDenseSupport(row, stride, first_key, memory);
+    if (want_support) AppendDenseSupport(row, n, first_key, memory);
     if (memory->saved != nullptr) {
       memory->saved->Add(top, LevelNumber(curve, solution.level), nullptr, nullptr, count);
     }
   }
   for (int64_t r = rows; r < padded; ++r) {
-    std::fill_n(scores + static_cast<size_t>(r) * stride, stride, T{0});
+    std::fill_n(scores + static_cast<size_t>(r) * stride, n, T{0});
     if (keep_means) {
-      std::fill_n(memory->weights.data() + static_cast<size_t>(r) * stride, stride, T{0});
+      std::fill_n(memory->weights.data() + static_cast<size_t>(r) * stride, n, T{0});
     }
   }
   T* output = memory->output.data() + panel_row * width;

@@ -141,6 +141,15 @@ void CompressOpening(const T* HWY_RESTRICT scores, size_t n, int64_t first_key,
   }
 }
 
+// Scores from one row to the next: an odd number of cache lines, so that the rows of a tile lie in
+// different sets of the first-level cache.
+template <typename T>
+size_t ScoreStride(const BlockRange& range) {
+  constexpr size_t kLine = 64 / sizeof(T);
+  const size_t keys = static_cast<size_t>(range.end - range.first) * TileWidth<T>();
+  return ((keys + kLine - 1) / kLine | 1) * kLine;
+}
+
 // Scores of `rows` rows from `first_row`, up to whole groups, and the keys of the blocks of
 // `range`, in memory->scores: [rows][keys of the range]. Groups share a block while it is in the
 // first-level cache.
@@ -149,7 +158,7 @@ void ScoreBlocks(const PanelInput<T>& input, int64_t first_row, int64_t rows,
                  const BlockRange& range, PanelMemory<T>* memory) {
   constexpr size_t kWidth = TileWidth<T>();
   const auto depth = static_cast<size_t>(input.head_size);
-  const auto stride = static_cast<size_t>(range.end - range.first) * kWidth;
+  const size_t stride = ScoreStride<T>(range);
   const int64_t groups = (rows + kTileRows - 1) / kTileRows;
   const size_t size = static_cast<size_t>(groups * kTileRows) * stride;
   if (memory->scores.size() < size) memory->scores.resize(size);
@@ -200,14 +209,15 @@ void OpenGroup(const PanelInput<T>& input, const BlockRange& range, int64_t dens
   constexpr size_t kWidth = TileWidth<T>();
   const hn::ScalableTag<T> d;
   const size_t lanes = hn::Lanes(d);
-  const auto stride = static_cast<size_t>(range.end - range.first) * kWidth;
+  const auto n = static_cast<size_t>(range.end - range.first) * kWidth;
+  const size_t stride = ScoreStride<T>(range);
   ScoreBlocks(input, group->first_row, group->rows, range, memory);
   const T* HWY_RESTRICT scores = memory->scores.data();
   HWY_ALIGN T maxima[kTileRows * kWidth];
   for (size_t r = 0; r < kTileRows; ++r) {
     for (size_t j = 0; j < kWidth; j += lanes) {
       auto max = hn::LoadU(d, scores + r * stride + j);
-      for (size_t i = kWidth; i < stride; i += kWidth) {
+      for (size_t i = kWidth; i < n; i += kWidth) {
         max = hn::Max(max, hn::LoadU(d, scores + r * stride + i + j));
       }
       hn::Store(max, d, maxima + r * kWidth + j);
@@ -226,14 +236,14 @@ void OpenGroup(const PanelInput<T>& input, const BlockRange& range, int64_t dens
       list->offset = offset[r];
       list->bound = BoundOf(*list, input.curve);
     }
-    above += CountAbove(scores + static_cast<size_t>(r) * stride, stride, list->bound);
+    above += CountAbove(scores + static_cast<size_t>(r) * stride, n, list->bound);
     visible += VisibleKeys(input, group->first_row + r, range);
   }
   group->dense = static_cast<int64_t>(above) * dense_share > visible;
   if (group->dense) return;
   for (int64_t r = 0; r < group->rows; ++r) {
     CandidateList<T>* list = &group->lists[r];
-    CompressOpening(scores + static_cast<size_t>(r) * stride, stride,
+    CompressOpening(scores + static_cast<size_t>(r) * stride, n,
                     range.first * static_cast<int64_t>(kWidth), list);
     TakeScores<kKind>(input.curve, list);
   }
