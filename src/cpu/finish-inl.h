@@ -156,7 +156,8 @@ void FinishWithoutThreshold(bool not_a_number, int64_t row, bool want_support, i
 
 // Exact threshold and probabilities of one row from its candidates, if it has any.
 template <CurveKind kKind, typename T>
-Solution SolveRow(const PanelInput<T>& input, CandidateList<T>* list, AlignedVector<T>* probability) {
+Solution SolveRow(const PanelInput<T>& input, CandidateList<T>* list,
+                  AlignedVector<T>* probability) {
   if (list->not_a_number || list->count == 0) return {};
   WriteListEnd(list);
   const Curve& curve = input.curve;
