@@ -8,6 +8,7 @@
 #include <cmath>
 #include <new>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "attention_resolved.h"
@@ -36,31 +37,28 @@ struct Item {
 // sequences first, and the longest items of a head, so that no thread is left with a long one at
 // the end.
 std::vector<Item> ListItems(const ResolvedAttention& resolved, int64_t rows_per_panel) {
-  std::vector<Item> items;
+  std::vector<std::pair<int64_t, int64_t>> sequences;  // −keys that any row sees, number
   for (size_t s = 0; s < resolved.sequences.size(); ++s) {
     const PositionMask& mask = resolved.sequences[s].mask;
+    sequences.emplace_back(-std::min(mask.key_length, mask.End(mask.query_length - 1)),
+                           static_cast<int64_t>(s));
+  }
+  std::sort(sequences.begin(), sequences.end());
+  std::vector<Item> items;
+  for (const auto& [keys, s] : sequences) {
+    const PositionMask& mask = resolved.sequences[static_cast<size_t>(s)].mask;
     for (int64_t head = 0; head < resolved.heads; ++head) {
+      const auto of_head = std::ssize(items);
       for (int64_t first = 0; first < mask.query_length; first += rows_per_panel) {
-        Item item{static_cast<int64_t>(s), head, first,
-                  std::min(rows_per_panel, mask.query_length - first), 0};
+        Item item{s, head, first, std::min(rows_per_panel, mask.query_length - first), 0};
         const int64_t last = first + item.queries - 1;
         item.keys = std::max<int64_t>(0, mask.End(last) - mask.First(first));
         items.push_back(item);
       }
+      std::stable_sort(items.begin() + of_head, items.end(),
+                       [](const Item& a, const Item& b) { return a.keys > b.keys; });
     }
   }
-  const auto cost = [&](const Item& item) {
-    const PositionMask& mask = resolved.sequences[static_cast<size_t>(item.sequence)].mask;
-    return std::min(mask.key_length, mask.End(mask.query_length - 1));
-  };
-  std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
-    if (a.sequence != b.sequence) {
-      const int64_t cost_a = cost(a);
-      const int64_t cost_b = cost(b);
-      return cost_a != cost_b ? cost_a > cost_b : a.sequence < b.sequence;
-    }
-    return a.head != b.head ? a.head < b.head : a.keys > b.keys;
-  });
   return items;
 }
 

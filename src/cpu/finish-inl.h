@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -154,11 +155,11 @@ void FinishWithoutThreshold(bool not_a_number, int64_t row, bool want_support, i
   }
 }
 
-// Exact threshold and probabilities of one row from its candidates, if it has any.
+// Exact threshold and probabilities of one row from its candidates; nothing if it has no threshold.
 template <CurveKind kKind, typename T>
-Solution SolveRow(const PanelInput<T>& input, CandidateList<T>* list,
-                  AlignedVector<T>* probability) {
-  if (list->not_a_number || list->count == 0) return {};
+std::optional<Solution> SolveRow(const PanelInput<T>& input, CandidateList<T>* list,
+                                 AlignedVector<T>* probability) {
+  if (list->not_a_number || list->count == 0) return std::nullopt;
   WriteListEnd(list);
   const Curve& curve = input.curve;
   const double max = static_cast<double>(list->max);
@@ -178,20 +179,20 @@ Solution SolveRow(const PanelInput<T>& input, CandidateList<T>* list,
   return solution;
 }
 
-// Output of a solved row, and what is kept of it.
+// Output of a row, solved if it has a threshold, and what is kept of it.
 template <typename T>
 void EmitRow(const PanelInput<T>& input, int64_t row, bool want_support,
-             const CandidateList<T>& list, const Solution& solution, const T* probability,
-             PanelMemory<T>* memory) {
-  if (list.not_a_number || list.count == 0) {
+             const CandidateList<T>& list, const std::optional<Solution>& solution,
+             const T* probability, PanelMemory<T>* memory) {
+  if (!solution) {
     return FinishWithoutThreshold(list.not_a_number, row, want_support, input.head.value_width,
                                   memory);
   }
-  memory->threshold[static_cast<size_t>(row)] = solution.threshold;
+  memory->threshold[static_cast<size_t>(row)] = solution->threshold;
   AccumulateValues(list, probability, input.head,
                    memory->output.data() + row * input.head.value_width);
   if (memory->saved != nullptr) {
-    memory->saved->Add(static_cast<double>(list.max), LevelNumber(input.curve, solution.level),
+    memory->saved->Add(static_cast<double>(list.max), LevelNumber(input.curve, solution->level),
                        list.key.data(), probability, static_cast<int64_t>(list.count));
   }
   if (want_support) AppendSupport(list, probability, memory);
@@ -201,7 +202,7 @@ void EmitRow(const PanelInput<T>& input, int64_t row, bool want_support,
 template <CurveKind kKind, typename T>
 void FinishRows(const PanelInput<T>& input, int64_t first, int64_t rows, bool want_support,
                 CandidateList<T>* lists, PanelMemory<T>* memory) {
-  Solution solution[2];
+  std::optional<Solution> solution[2];
   for (int64_t r = 0; r <= rows; ++r) {
     if (r < rows) {
       solution[r % 2] = SolveRow<kKind>(input, &lists[r], &memory->probability[r % 2]);
