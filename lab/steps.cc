@@ -17,7 +17,7 @@ at::Tensor AsTensor(const std::vector<int64_t>& values, int64_t rows, int64_t co
 class PlainStepper final : public Stepper {
  public:
   PlainStepper(const Task& task, const RunConfig& run, const Model& model, TrainingState* state)
-      : task_(task), run_(run), model_(model), state_(state) {}
+      : task_(task), run_(run), model_(model), matrices_(model.HiddenMatrices()), state_(state) {}
 
   std::vector<StepResult> Run(int64_t first, int64_t count) override {
     std::vector<StepResult> results;
@@ -36,8 +36,7 @@ class PlainStepper final : public Stepper {
       const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0].to(at::kFloat);
       StepResult result;
       result.loss = loss.item<double>();
-      result.gradient_norm =
-          OptimizerStep(run_.training, step, model_.HiddenMatrices(), gradient, state_);
+      result.gradient_norm = OptimizerStep(run_.training, step, matrices_, gradient, state_);
       results.push_back(result);
     }
     return results;
@@ -48,6 +47,7 @@ class PlainStepper final : public Stepper {
   const Task& task_;
   const RunConfig& run_;
   const Model& model_;
+  const std::vector<HiddenMatrix> matrices_;
   TrainingState* state_;
 };
 

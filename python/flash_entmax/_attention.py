@@ -175,10 +175,11 @@ def _arguments(
         bias = check_floating("bias", bias)
         check_device("bias", bias, "query", query)
     if alibi_slopes is not None:
-        sloped = sloped_heads(alibi_slopes, heads)
-        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, sloped)
-        if sloped < heads:
-            alibi_slopes = torch.nn.functional.pad(alibi_slopes, (0, heads - sloped))
+        count = heads
+        if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 1:
+            # Of the first heads; the others have none.
+            count = min(max(alibi_slopes.shape[0], 1), heads)
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, query, count)
     if query_scale is not None:
         query_scale = check_floating("query_scale", query_scale)
         check_device("query_scale", query_scale, "query", query)
@@ -192,29 +193,34 @@ def _arguments(
     return arguments
 
 
-def sloped_heads(slopes: Any, heads: int) -> int:
-    """The heads that ``alibi_slopes`` is about: the first ones, if it has fewer numbers."""
-    short = isinstance(slopes, Tensor) and slopes.dim() == 1 and 0 < slopes.shape[0] < heads
-    return slopes.shape[0] if short else heads
+def _with_all_slopes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Heads beyond the slopes that were given get slopes of zero."""
+    slopes, heads = arguments[6], arguments[0].shape[1]
+    if slopes is None or slopes.shape[0] == heads:
+        return arguments
+    slopes = torch.nn.functional.pad(slopes, (0, heads - slopes.shape[0]))
+    return *arguments[:6], slopes, *arguments[7:]
 
 
-def _run(arguments: tuple[Any, ...], sloped: int) -> Tensor:
-    """Attention by the engine of the tensors' device. Only the first ``sloped`` heads have slopes."""
+def _run(arguments: tuple[Any, ...]) -> Tensor:
+    """Attention by the engine of the tensors' device."""
     if arguments[0].device.type != "cuda":
-        return _library.attention(*arguments)
+        return _library.attention(*_with_all_slopes(arguments))
     if arguments[3] is None and arguments[11] == 1.0:
+        arguments = _with_all_slopes(arguments)
         return _softmax.attention(*arguments[:3], *arguments[4:11], *arguments[12:17])
     arguments = _check_cuda(arguments)
-    heads, kv_heads = arguments[0].shape[1], arguments[1].shape[1]
-    if sloped < heads and kv_heads > 0 and sloped * kv_heads % heads == 0:
-        return _run_in_parts(arguments, sloped)
-    return _library.attention(*arguments)
+    heads, kv_heads, slopes = arguments[0].shape[1], arguments[1].shape[1], arguments[6]
+    if slopes is not None and slopes.shape[0] < heads and kv_heads > 0:
+        if slopes.shape[0] * kv_heads % heads == 0:  # No key head serves both kinds.
+            return _run_in_parts(arguments)
+    return _library.attention(*_with_all_slopes(arguments))
 
 
-def _run_in_parts(arguments: tuple[Any, ...], sloped: int) -> Tensor:
+def _run_in_parts(arguments: tuple[Any, ...]) -> Tensor:
     """The heads with slopes and those without in a call each: on GPUs their kernels differ."""
     query, key, value, alpha, query_scale, bias, slopes, *rest = arguments
-    heads, kv_heads = query.shape[1], key.shape[1]
+    heads, kv_heads, sloped = query.shape[1], key.shape[1], slopes.shape[0]
 
     def parts(tensor: Tensor | None, dim: int, count: int) -> tuple[Tensor | None, Tensor | None]:
         if tensor is None:
@@ -225,8 +231,7 @@ def _run_in_parts(arguments: tuple[Any, ...], sloped: int) -> Tensor:
 
     split = [
         parts(query, 1, heads), parts(key, 1, kv_heads), parts(value, 1, kv_heads),
-        parts(alpha, 0, heads), parts(query_scale, 1, heads), parts(bias, 1, heads),
-        (slopes[:sloped], None),
+        parts(alpha, 0, heads), parts(query_scale, 1, heads), (bias, bias), (slopes, None),
     ]  # fmt: skip
     outputs = [_library.attention(*(pair[i] for pair in split), *rest) for i in (0, 1)]
     if query.stride(1) < query.stride(2):  # As the operator lays its output out.
@@ -346,8 +351,7 @@ def attention(
             alibi_slopes,
             softcap,
             query_scale,
-        ),
-        sloped_heads(alibi_slopes, query.shape[1]),
+        )
     )
     return output.transpose(1, 2) if transposed else output
 
@@ -439,8 +443,7 @@ def attention_varlen(
             cu_key,
             max_query_length,
             max_key_length,
-        ),
-        sloped_heads(alibi_slopes, query.shape[1]),
+        )
     )
     return output.squeeze(0).transpose(0, 1)
 
@@ -477,6 +480,7 @@ def support(
         query, key, value, alpha, causal, scale, window_left, window_right, key_lengths,
         key_mask, bias, alibi_slopes, softcap, query_scale,
     )  # fmt: skip
+    arguments = _with_all_slopes(arguments)
     if query.device.type == "cuda":
         if arguments[3] is None and arguments[11] == 1.0:
             raise NotImplementedError(

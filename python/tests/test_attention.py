@@ -322,7 +322,7 @@ def test_slopes_of_the_first_heads(scale_heads: int, kv_heads: int, layout: str)
         *tensors, alpha, True, None, None, None, None, None, None, slopes, 0.0,
         None if scale is None else scale.expand(2, 4, 30),
     )  # fmt: skip
-    in_parts = flash_entmax._attention._run_in_parts(arguments, 2)
+    in_parts = flash_entmax._attention._run_in_parts(arguments)
     assert in_parts.stride() == got[0].stride()
     for x, y in zip(results(in_parts), want, strict=True):
         assert_close(x, y, 1e-6)
