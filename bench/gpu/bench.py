@@ -39,14 +39,18 @@ TABLE = [
     ("gauss0.05", 1, 16, 8192, 64, (1.5, 1.2), None),
     ("gauss0.05", 1, 8, 32768, 64, (1.5, 1.2), None),
     ("gauss1", 1, 8, 32768, 128, (0.50, 0.25), (0.8, 0.4)),
-    # With ALiBi slopes; the rivals run without a bias. "alibi" has slopes in every head, always the
-    # same four, so that its time a row shows what the length alone costs.
+    # With ALiBi slopes; the rivals run without a bias. "nape": the heads with and those without in
+    # a call each. "alibi" has slopes in every head, always the same four, so that its time a row
+    # shows what the length alone costs.
     ("nape", 1, 8, 8192, 64, None, None),
     ("nape", 1, 8, 32768, 64, None, None),
     ("nape", 1, 2, 131072, 64, None, None),
     ("alibi", 1, 4, 8192, 64, None, None),
     ("alibi", 1, 4, 32768, 64, None, None),
     ("alibi", 1, 4, 131072, 64, None, None),
+    # With a factor a row (query_scale); the rivals run without one.
+    ("asentmax", 1, 16, 8192, 64, None, None),
+    ("asentmax", 1, 8, 32768, 64, None, None),
 ]
 # AdaSplash tunes every kernel over a long list; these settings are the ones it picks most often.
 ADASPLASH_BLOCKS = {(128, 64), (64, 64), (128, 32)}
@@ -77,14 +81,17 @@ def timed(functions, repetitions):
     return result
 
 
-def verify(attention, inputs, slopes, rows=48):
+def verify(attention, inputs, slopes, factors, rows=48):
     """Largest errors of some rows of two heads against the dense float64 result."""
     q, k, v, gradient = inputs
     n = q.shape[2]
     worst = {}
     for head in sorted({0, q.shape[1] - 1}):
         some = torch.unique(torch.cat([torch.tensor([0, n - 1]), torch.randint(n, (rows,))])).cuda()
-        z = 0.5 * q.shape[3] ** -0.5 * q[-1, head, some].double() @ k[-1, head].double().T
+        scale = q.shape[3] ** -0.5 * torch.ones(len(some), 1, device="cuda", dtype=torch.float64)
+        if factors is not None:
+            scale = scale * factors[-1, head, some, None].double()
+        z = 0.5 * scale * (q[-1, head, some].double() @ k[-1, head].double().T)
         if slopes is not None:
             distance = (some[:, None] - torch.arange(n, device="cuda")).abs()
             z = z - 0.5 * slopes[head].double() * distance
@@ -95,7 +102,7 @@ def verify(attention, inputs, slopes, rows=48):
         values = v[-1, head].double()
         dp = gradient[-1, head, some].double() @ values.T
         ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True))
-        dq = q.shape[3] ** -0.5 * ds @ k[-1, head].double()
+        dq = scale * (ds @ k[-1, head].double())
         for name, got, want in (("output", attention.output, p @ values),
                                 ("gradient of query", attention.gradients[0], dq)):
             error = float((got[-1, head, some].double() - want).norm() / want.norm())
@@ -117,6 +124,48 @@ def load_adasplash():
                     (c.kwargs.get("BLOCK_M"), c.kwargs.get("BLOCK_N")) in ADASPLASH_BLOCKS]
             kernel.configs = kept or kernel.configs[:4]
     return adasplash
+
+
+class HeadParts:
+    """One attention over several ranges of heads, a call each, with the interface of fe.Attention.
+
+    Heads without slopes then run on the kernels made for them, as the Python package has it.
+    """
+
+    def __init__(self, library, query, key, value, ranges, slopes, **settings):
+        self.output = torch.empty_like(query)
+        self.ranges = ranges
+        self.parts = [
+            fe.Attention(library, *self._slices((query, key, value), r), slopes=s,
+                         output=self._slices((self.output,), r)[0], **settings)
+            for r, s in zip(ranges, slopes)]
+        self.engine = "+".join(part.engine for part in self.parts)
+        self.plan = fe.PlanArg()
+        for field in ("saved_bytes", "forward_bytes", "backward_bytes"):
+            setattr(self.plan, field, sum(getattr(part.plan, field) for part in self.parts))
+
+    @staticmethod
+    def _slices(tensors, heads):
+        return [t[:, heads[0]:heads[1]] for t in tensors]
+
+    def use(self, query, key, value, output):
+        self.output = output
+        for part, heads in zip(self.parts, self.ranges):
+            part.use(*self._slices((query, key, value, output), heads))
+
+    def forward(self):
+        for part in self.parts:
+            part.forward()
+
+    def prepare_backward(self, gradient, gradients=None):
+        self.gradients = gradients or [torch.empty_like(gradient) for _ in range(3)]
+        for part, heads in zip(self.parts, self.ranges):
+            part.prepare_backward(*self._slices((gradient,), heads),
+                                  self._slices(self.gradients, heads))
+
+    def backward(self):
+        for part in self.parts:
+            part.backward()
 
 
 def rivals(sets, adasplash):
@@ -150,15 +199,21 @@ def run_row(library, row, arguments, adasplash):
     name, batch, heads, n, size, goal_fa2, goal_cudnn = row
     count = 3 if batch * heads * n * size < 7e7 else 2
     sets = [workloads.make(name, batch, heads, n, size, seed=10 + s) for s in range(count)]
-    slopes = workloads.slopes(name, heads)
-    make = lambda save: fe.Attention(library, *sets[0][:3], causal=True, save=save, slopes=slopes,
-                                     engine=arguments.engine, capacity=-1)
+    slopes, factors = workloads.slopes(name, heads), workloads.factors(name, batch, heads, n)
+    settings = dict(causal=True, engine=arguments.engine, capacity=-1)
+    if name == "nape":
+        half = heads // 2
+        make = lambda save: HeadParts(library, *sets[0][:3], ((0, half), (half, heads)),
+                                      (slopes[:half], None), save=save, **settings)
+    else:
+        make = lambda save: fe.Attention(library, *sets[0][:3], save=save, slopes=slopes,
+                                         query_scale=factors, **settings)
     training, inference = make(True), make(False)
     training.prepare_backward(sets[0][3])
     training.forward()
     training.backward()
     torch.cuda.synchronize()
-    errors, support = verify(training, sets[0], slopes)
+    errors, support = verify(training, sets[0], slopes, factors)
     good = all(errors[key] <= allowed for key, allowed in ALLOWED_ERROR.items())
     result = dict(workload=name, batch=batch, heads=heads, n=n, head_size=size,
                   engine=training.engine, errors=errors, correct=good, support=support,
@@ -197,16 +252,17 @@ def run_row(library, row, arguments, adasplash):
     result["goals"] = goals
     per_row = {key: 1e3 * median["ours " + key] / (batch * heads * n) for key in ("f", "f+b")}
     result["microseconds_per_row"] = per_row
-    if slopes is not None:
-        result["rivals"] = "without a bias"
-    line = f"{name:9s} n {n:6d} x {batch * heads:4d} d {size:3d} {training.engine:9s} "
+    if slopes is not None or factors is not None:
+        result["rivals"] = "without a bias" if factors is None else "without factors"
+    line = f"{name:9s} n {n:6d} x {batch * heads:4d} d {size:3d} {training.engine:17s} "
     line += f"support {support:6.1f} {'ok ' if good else 'WRONG'} "
     line += " ".join(f"{key} {value:.3f}" for key, value in median.items())
     line += " | " + " ".join(
         f"{key} {value:.3f}" + (f" (goal {goals[key]})" if key in goals else "")
         for key, value in result["ratios"].items())
-    if slopes is not None:
-        line += f" | us a row f {per_row['f']:.4f} f+b {per_row['f+b']:.4f}; rivals without a bias"
+    if "rivals" in result:
+        line += (f" | us a row f {per_row['f']:.4f} f+b {per_row['f+b']:.4f}; "
+                 f"rivals {result['rivals']}")
     print(line, flush=True)
     return result
 

@@ -19,6 +19,7 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
   const auto value = AsTensor<const Element>(tensors.value);
   const auto output_gradient = AsTensor<const Element>(tensors.output_gradient);
   const auto query_gradient = AsTensor<Element>(tensors.query_gradient);
+  float* const factor_gradient = plan.scaled ? tensors.query_scale_gradient : nullptr;
   const int64_t columns = static_cast<int64_t>(shape.KeyHeads()) * shape.keys;
   using RowsTraits = TileRowsTraits<kHeadDim>;
   using ColumnsTraits = TileColumnsTraits<kHeadDim>;
@@ -42,10 +43,10 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
   }
   return ForAlphaMode(plan.alpha_mode, [&](auto alpha) -> int {
     constexpr AlphaMode kAlpha = decltype(alpha)::value;
-    const TileRowsParams<Element> tile_rows{shape,          query,           output_gradient,
-                                            query_gradient, saved.state,     saved.control,
-                                            scratch.delta,  plan.tiles_only, key,
-                                            value};
+    const TileRowsParams<Element> tile_rows{
+        shape,         query,         output_gradient, query_gradient,  saved.state,
+        saved.control, scratch.delta, factor_gradient, plan.tiles_only, key,
+        value};
     const TileColumnsParams<Element> tile_columns{shape,
                                                   key,
                                                   value,
@@ -82,10 +83,12 @@ int LaunchBackward(const Plan& plan, const DeviceLimits& device,
         return FLASH_ENTMAX_CUDA_FAILURE;
       }
       const SupportRowsParams<Element> rows{shape,
+                                            query,
                                             key,
                                             value,
                                             output_gradient,
                                             query_gradient,
+                                            factor_gradient,
                                             saved.state,
                                             saved.control,
                                             scratch.column_offset,

@@ -44,6 +44,7 @@ typedef struct {
   int32_t deferred_keys;     /* screening: newest keys whose hits are taken last; <= 0: automatic */
   int64_t
       support_capacity; /* entries of the support pool; rows that do not fit take the tile path */
+  int32_t scaled;       /* 1: a factor a row, FlashEntmaxForwardTensors::query_scale */
 } FlashEntmaxProblem;
 
 typedef struct {
@@ -52,11 +53,15 @@ typedef struct {
 
 typedef struct {
   FlashEntmaxTensor query, key, value, output;
+  /* float32 (batch, heads, queries): z = (alpha - 1) scale query_scale q.k; any finite factors.
+   * Rows of others are NaN. Any strides. Read only if the problem is `scaled`. */
+  FlashEntmaxTensor query_scale;
 } FlashEntmaxForwardTensors;
 
 typedef struct {
   FlashEntmaxTensor query, key, value, output_gradient;
   FlashEntmaxTensor query_gradient, key_gradient, value_gradient;
+  float* query_scale_gradient; /* (batch, heads, queries), contiguous, or null */
 } FlashEntmaxBackwardTensors;
 
 /* Where results lie in the saved buffer (offsets in bytes). Rows are padded per head. */

@@ -18,6 +18,11 @@ FlashEntmaxTensor ToInterface(const StridedTensor& tensor) {
   return {tensor.data, {tensor.batch, tensor.head, tensor.row}};
 }
 
+FlashEntmaxTensor QueryScale(const GeneralProblem& problem) {
+  const int64_t(&strides)[3] = problem.query_scale_stride;
+  return {const_cast<float*>(problem.query_scale), {strides[0], strides[1], strides[2]}};
+}
+
 // Supports of unstructured inputs keep growing slowly with the length; a row that finds no room is
 // computed another way.
 int64_t DefaultCapacity(const AttentionCall& call) {
@@ -43,6 +48,7 @@ FlashEntmaxProblem ToInterface(const AttentionCall& call, gpu::Engine engine) {
   result.support_capacity = !call.save                   ? 0
                             : call.support_capacity >= 0 ? call.support_capacity
                                                          : DefaultCapacity(call);
+  result.scaled = problem.query_scale ? 1 : 0;
   return result;
 }
 
@@ -78,7 +84,6 @@ Status CheckHopper(const AttentionCall& call, const DeviceInfo& device) {
   }
   if (problem.alpha_per_head) return Refuse("alpha_per_head");
   if (call.alpha_gradient) return Refuse("alpha_gradient");
-  if (problem.query_scale) return Refuse("query_scale");
   if (problem.slopes) return Refuse("alibi_slopes");
   if (problem.softcap > 0.0f) return Refuse("softcap");
   if (problem.key_lengths) return Refuse("key_lengths");
@@ -117,7 +122,8 @@ Status ForwardHopper(const AttentionCall& call, const DeviceInfo&, gpu::Engine e
   const StridedTensor output = ToStrided(outputs.output.view());
   if (!output.vectors) return Refuse("output rows are not contiguous or not aligned to 16 bytes");
   const FlashEntmaxForwardTensors tensors = {ToInterface(call.query), ToInterface(call.key),
-                                             ToInterface(call.value), ToInterface(output)};
+                                             ToInterface(call.value), ToInterface(output),
+                                             QueryScale(call.problem)};
   FlashEntmaxPlan sizes;
   if (Status status = FromCode(flash_entmax_cuda_plan(&problem, &sizes)); !status.ok()) {
     return status;
@@ -146,8 +152,14 @@ Status ForwardHopper(const AttentionCall& call, const DeviceInfo&, gpu::Engine e
 Status BackwardHopper(const AttentionCall& call, const DeviceInfo&, gpu::Engine engine,
                       const gpu::AttentionGradients& gradients, void* saved, void* workspace) {
   const FlashEntmaxProblem problem = ToInterface(call, engine);
-  FlashEntmaxBackwardTensors tensors = {
-      ToInterface(call.query), ToInterface(call.key), ToInterface(call.value), {}, {}, {}, {}};
+  FlashEntmaxBackwardTensors tensors = {ToInterface(call.query),
+                                        ToInterface(call.key),
+                                        ToInterface(call.value),
+                                        {},
+                                        {},
+                                        {},
+                                        {},
+                                        static_cast<float*>(gradients.query_scale.data)};
   for (const auto& [target, source, name] :
        {std::tuple{&tensors.output_gradient, gradients.output, "output gradient"},
         std::tuple{&tensors.query_gradient, gradients.query.view(), "query gradient"},

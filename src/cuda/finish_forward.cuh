@@ -296,6 +296,14 @@ __device__ __forceinline__ void FinishRows(const FinishParams<Element>& params,
     float threshold;
     {
       const SharedAddress own = scores + quarter;
+      if (params.saved.row_factor) {
+        const float factor = __ldg(params.saved.row_factor + padded_row);
+#pragma unroll 1
+        for (int p = 0; p < found; ++p) {
+          const SharedAddress z = own + kLanesPerQuery * p;
+          z.Set(factor * z.Float());
+        }
+      }
       if (found & 1) (own + kLanesPerQuery * found).Set(-FLT_MAX);
       float maximum = -FLT_MAX;
 #pragma unroll 1

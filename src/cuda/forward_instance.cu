@@ -3,6 +3,7 @@
 #include "finish_forward.cuh"
 #include "launch_support.h"
 #include "prepare_keys.cuh"
+#include "row_results.h"
 #include "screen_forward.cuh"
 #include "tile_forward.cuh"
 
@@ -33,6 +34,12 @@ int LaunchForward(const Plan& plan, const DeviceLimits& device,
     if (!MakeTensorMap(screened, true, extent, ScreenTraits<kHeadDim>::kTileKeys, &screen_map)) {
       return FLASH_ENTMAX_CUDA_FAILURE;
     }
+  }
+  const FlashEntmaxTensor& factors = tensors.query_scale;
+  if (plan.scaled && CopyRowFactors(static_cast<const float*>(factors.data), factors.stride,
+                                    shape.batch, shape.heads, shape.queries, shape.padded_queries,
+                                    saved.state.row_factor, stream) != cudaSuccess) {
+    return FLASH_ENTMAX_CUDA_FAILURE;
   }
   if (cudaMemsetAsync(saved.control, 0, saved.zeroed_bytes, stream) != cudaSuccess) {
     return FLASH_ENTMAX_CUDA_FAILURE;

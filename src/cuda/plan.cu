@@ -59,6 +59,7 @@ SavedBuffers Plan::Saved(void* base) const {
   saved.state.unit_support = carver.Take<int>(save ? units : 0);
   saved.zeroed_bytes = carver.bytes();
   saved.state.threshold = carver.Take<float>(rows);
+  saved.state.row_factor = scaled ? carver.Take<float>(rows) : nullptr;
   saved.state.support_offset = carver.Take<int64_t>(save ? rows : 0);
   saved.state.support_count = carver.Take<int>(rows);
   saved.state.flagged_units = carver.Take<int>(units);
@@ -165,6 +166,7 @@ int MakePlan(const FlashEntmaxProblem& problem, Plan* plan) {
                      (problem.keys - 1) / kStepKeys >= kMaxSteps;
   plan->is_fp16 = problem.element == 1;
   plan->save = problem.save_for_backward != 0;
+  plan->scaled = problem.scaled != 0;
   // Positions in the pool are 32-bit numbers in the backward; rows past them take the tile path.
   plan->support_capacity = plan->tiles_only ? 0 : std::min(problem.support_capacity, kMostEntries);
   return FLASH_ENTMAX_OK;

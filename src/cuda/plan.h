@@ -47,6 +47,7 @@ struct Plan {
   bool tiles_only;
   bool is_fp16;
   bool save;
+  bool scaled;
   int64_t support_capacity;
 
   SavedBuffers Saved(void* base) const;

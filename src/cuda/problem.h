@@ -125,6 +125,7 @@ struct alignas(16) LongColumnTask {
 // What the forward keeps for the backward. Rows are (batch * heads) x padded_queries unless said.
 struct SavedState {
   float* threshold;         // tau; +inf past the last query
+  float* row_factor;        // query_scale, 1 past the last query; null without one
   int64_t* support_offset;  // into the pool
   int* support_count;       // 0 for rows of the tile path
   int* support_key;         // pool

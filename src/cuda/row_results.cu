@@ -26,12 +26,29 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-struct ThresholdStrides {
+struct RowStrides {
   int64_t batch, head, row;
 };
 
+constexpr int kCopyThreads = 256;
+
+unsigned CopyBlocks(int64_t total) {
+  return static_cast<unsigned>((total + kCopyThreads - 1) / kCopyThreads);
+}
+
+__global__ void CopyRowFactorsKernel(const float* query_scale, RowStrides strides, int heads,
+                                     int queries, int padded_queries, int64_t total,
+                                     float* factor) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const int64_t head = i / padded_queries, row = i % padded_queries;
+  factor[i] = row < queries ? query_scale[head / heads * strides.batch +
+                                          head % heads * strides.head + row * strides.row]
+                            : 1.0f;
+}
+
 __global__ void CopyThresholdsKernel(const float* saved, int heads, int queries, int padded_queries,
-                                     int64_t total, float* threshold, ThresholdStrides strides) {
+                                     int64_t total, float* threshold, RowStrides strides) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= total) return;
   const int64_t head = i / queries, row = i % queries;
@@ -48,14 +65,23 @@ cudaError_t SumRowsOfHeads(const float* rows, int batch, int heads, int queries,
   return cudaGetLastError();
 }
 
+cudaError_t CopyRowFactors(const float* query_scale, const int64_t (&strides)[3], int batch,
+                           int heads, int queries, int padded_queries, float* factor,
+                           cudaStream_t stream) {
+  const int64_t total = static_cast<int64_t>(batch) * heads * padded_queries;
+  CopyRowFactorsKernel<<<CopyBlocks(total), kCopyThreads, 0, stream>>>(
+      query_scale, {strides[0], strides[1], strides[2]}, heads, queries, padded_queries, total,
+      factor);
+  return cudaGetLastError();
+}
+
 cudaError_t CopyThresholds(const float* saved, int batch, int heads, int queries,
                            int padded_queries, float* threshold, const int64_t (&strides)[3],
                            cudaStream_t stream) {
   const int64_t total = static_cast<int64_t>(batch) * heads * queries;
-  constexpr int kThreads = 256;
-  CopyThresholdsKernel<<<static_cast<unsigned>((total + kThreads - 1) / kThreads), kThreads, 0,
-                         stream>>>(saved, heads, queries, padded_queries, total, threshold,
-                                   {strides[0], strides[1], strides[2]});
+  CopyThresholdsKernel<<<CopyBlocks(total), kCopyThreads, 0, stream>>>(
+      saved, heads, queries, padded_queries, total, threshold,
+      {strides[0], strides[1], strides[2]});
   return cudaGetLastError();
 }
 

@@ -192,9 +192,11 @@ struct ScreenRows {
 // kHeadDim / 16 partial sums to fp16 (2^-10: even by truncation), each at most |q'||k'| of the
 // parts of query and key summed so far; the sums inside an instruction and the final fp32 score are
 // covered by 2^-14 |q||k|; rounding an input to fp16 loses at most 2^-25 where it becomes
-// subnormal.
+// subnormal. The row's own factor (query_scale) goes into the conversion to z, its sign into the
+// queries.
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __device__ __forceinline__ ScreenRows ScaleQueries(const Shape& shape, const uint32_t* key_norms,
+                                                   const float (&row_factor)[2],
                                                    uint32_t (&query)[kHeadDim / 4]) {
   constexpr int kNormStep = 16 * kKeyNorms / kHeadDim;  // prefix norms a step of 16 dimensions
   float square[2] = {0, 0}, rounded[2] = {0, 0}, key_norm = 0, factor[2];
@@ -223,7 +225,7 @@ __device__ __forceinline__ ScreenRows ScaleQueries(const Shape& shape, const uin
         __fdividef(fminf(kLargestScreenScore, __fdividef(kLargestScreenScore, key_norm)), norm);
     const float exponent = fminf(fmaxf(floorf(__log2f(target)), -100.0f), 100.0f);
     factor[i] = PowerOfTwo(exponent);
-    rows.bounds.to_z[i] = shape.coefficient * PowerOfTwo(-exponent);
+    rows.bounds.to_z[i] = shape.coefficient * PowerOfTwo(-exponent) * fabsf(row_factor[i]);
     rows.bounds.screen[i] = __half2half2(__ushort_as_half(kLowestHalf));
     const float scaled = norm * factor[i];
     const float error = factor[i] * rounded[i] * 0x1p-10f + scaled * key_norm * 0x1p-14f +
@@ -231,6 +233,9 @@ __device__ __forceinline__ ScreenRows ScaleQueries(const Shape& shape, const uin
     slack[i] = fmaf(2.02f * rows.bounds.to_z[i], error, AlphaRule<kAlpha>::kStepSlack);
     // False for infinity and NaN, too.
     rows.usable &= scaled * key_norm <= 2 * kLargestScreenScore;
+    // Rows without an order of their scores (factor 0), or far outside all that is reasonable.
+    rows.usable &= fabsf(row_factor[i]) > 0x1p-40f && fabsf(row_factor[i]) < 0x1p40f;
+    factor[i] = copysignf(factor[i], row_factor[i]);
   }
   rows.slack = make_float2(slack[0], slack[1]);
 #pragma unroll
@@ -285,8 +290,15 @@ __device__ __forceinline__ void ScreenConsumer(const ScreenParams<Element>& para
     {
       const int kv_head =
           work.head / shape.heads * shape.kv_heads + work.head % shape.heads / shape.group;
+      float row_factor[2] = {1.0f, 1.0f};
+      if (params.saved.row_factor) {
+        const float* const factors =
+            params.saved.row_factor + static_cast<int64_t>(work.head) * shape.padded_queries + row;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) row_factor[i] = __ldg(factors + 8 * i);
+      }
       const ScreenRows rows = ScaleQueries<Element, kHeadDim, kAlpha>(
-          shape, params.key_norms + static_cast<int64_t>(kv_head) * kKeyNorms, query);
+          shape, params.key_norms + static_cast<int64_t>(kv_head) * kKeyNorms, row_factor, query);
       bounds = rows.bounds;
       shared.slack[thread] = rows.slack;
       overflow = !rows.usable;

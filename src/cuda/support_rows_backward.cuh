@@ -6,6 +6,8 @@
 //   2. dS_j = u_j (dP_j - delta); the entry {query, p, dS} is written to its place among the
 //      entries of its key, which the forward reserved: this is the whole transposition;
 //      dQ = scale sum dS_j K_j.
+// With a factor f a row (query_scale) the entries hold f dS, dQ is f times the above, and f's
+// gradient is q . scale sum dS_j K_j.
 // Rows whose unit went to the tile path after they had reserved places write zeros there, unless
 // the places were given out again (count_columns.cuh).
 // Traffic a support entry: 20 bytes read, one value row, one key row (mostly from L2) and 16 bytes
@@ -23,8 +25,9 @@ namespace flash_entmax::cuda {
 template <class Element>
 struct SupportRowsParams {
   Shape shape;
-  Tensor<const Element> key, value, output_gradient;
+  Tensor<const Element> query, key, value, output_gradient;
   Tensor<Element> query_gradient;
+  float* factor_gradient;  // (batch * heads) x queries, or null
   SavedState saved;
   const Control* control;
   const int* column_offset;  // (batch * kv_heads) x keys: exclusive sums of column_count
@@ -107,6 +110,7 @@ __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
   const int64_t column_base = static_cast<int64_t>(batch * shape.kv_heads + kv_head) * shape.keys;
   const int query_id = query_head % shape.group * shape.queries + row;
   const RowBase key_rows = RowBase::Of(params.key, batch, kv_head, lane, kPart);
+  const float factor = params.saved.row_factor ? __ldg(params.saved.row_factor + padded_row) : 1.0f;
   float query_gradient[kPart] = {};
 #pragma unroll 1
   for (int first = 0; first < longest; first += kLanesPerRow) {
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
       if (tile_path) p = ds = 0.0f;
       const int64_t place =
           static_cast<int64_t>(__ldg(params.column_offset + column_base + key)) + __ldg(slots + i);
-      params.column_entries[place] = ColumnEntry{query_id, p, ds, 0};
+      params.column_entries[place] = ColumnEntry{query_id, p, ds * factor, 0};
     }
 #pragma unroll
     for (int x = 0; x < kLanesPerRow; ++x) {
@@ -132,8 +136,20 @@ __global__ void __launch_bounds__(kSupportRowsThreads, kHeadDim <= 64 ? 7 : 4)
     }
   }
   if (valid && !tile_path) {
-    StoreVector<Element, kPart>(query_gradient, shape.scale,
+    StoreVector<Element, kPart>(query_gradient, shape.scale * factor,
                                 params.query_gradient.Row(batch, query_head, row) + lane * kPart);
+  }
+  if (params.factor_gradient) {
+    float query[kPart], product = 0.0f;
+    LoadVector<Element, kPart>(params.query.Row(batch, query_head, valid ? row : 0) + lane * kPart,
+                               query);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) product = fmaf(query[i], query_gradient[i], product);
+    product = RowSum(product);
+    if (valid && !tile_path && lane == 0) {
+      params.factor_gradient[static_cast<int64_t>(head) * shape.queries + row] =
+          shape.scale * product;
+    }
   }
 }
 

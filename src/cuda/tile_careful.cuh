@@ -92,22 +92,43 @@ __device__ __forceinline__ void CarefulOutput(const TileRule<kAlpha>& rule, floa
   }
 }
 
-// Query gradient of a row: scale * sum u (dP - delta) K over its support. `active` as above.
+// What the gradient of a row's factor f (query_scale) is made of: sums over the row's keys. With
+// the score s = q . k it is scale * sum dS s; the delta inside dS comes from a rounded mean of V,
+// so what dS leaves under u is taken out: scale * (sum dS s - sum dS / sum u * sum u s).
+struct FactorSums {
+  float u = 0.0f, ds = 0.0f, u_score = 0.0f, ds_score = 0.0f;
+
+  __device__ __forceinline__ void Add(float weight, float score_gradient, float score) {
+    u += weight;
+    ds += score_gradient;
+    u_score = fmaf(weight, score, u_score);
+    ds_score = fmaf(score_gradient, score, ds_score);
+  }
+  __device__ __forceinline__ float Gradient() const {
+    return u > 0.0f ? fmaf(-__fdividef(ds, u), u_score, ds_score) : 0.0f;
+  }
+};
+
+// Query gradient of a row: factor * scale * sum u (dP - delta) K over its support, and the gradient
+// of its factor if `factor_gradient` is not null. `active` as above.
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __device__ __forceinline__ void CarefulQueryGradient(
     const TileRule<kAlpha>& rule, const Shape& shape, const Element* query,
     const Element* output_gradient, const RowBase& keys, const RowBase& values, float threshold,
-    float delta, bool active, int visible, int lane, Element* query_gradient) {
+    float delta, float factor, bool active, int visible, int lane, Element* query_gradient,
+    float* factor_gradient) {
   constexpr int kPart = kHeadDim / kLanesPerRow;
   float vector[kPart], gradient[kPart], sum[kPart] = {};
   LoadVector<Element, kPart>(query + lane * kPart, vector);
   LoadVector<Element, kPart>(output_gradient + lane * kPart, gradient);
+  FactorSums sums;
   const int longest = __reduce_max_sync(kFullWarp, visible);
 #pragma unroll 1
   for (int first = 0; first < longest; first += kLanesPerRow) {
     const float dot = ConsecutiveDots<Element, kHeadDim>(keys, first, visible, vector, lane);
-    const float excess =
-        first + lane < visible ? __saturatef(fmaf(shape.coefficient, dot, -threshold)) : 0.0f;
+    const float excess = first + lane < visible
+                             ? __saturatef(fmaf(shape.coefficient, factor * dot, -threshold))
+                             : 0.0f;
     float p, u;
     rule.Weights(excess, &p, &u);
     if (!__any_sync(kFullWarp, u > 0.0f)) continue;
@@ -118,31 +139,39 @@ __device__ __forceinline__ void CarefulQueryGradient(
       value.Clear();
       if (u_i > 0.0f) value.Load(values.Row(first + i));
       const float dp = RowSum(Dot<Element, kPart>(value, gradient));
+      const float dot_i = __shfl_sync(kFullWarp, dot, i, kLanesPerRow);
       if (u_i > 0.0f) {
         key.Load(keys.Row(first + i));
-        Accumulate<Element, kPart>(u_i * (dp - delta), key, sum);
+        const float ds = u_i * (dp - delta);
+        Accumulate<Element, kPart>(ds, key, sum);
+        sums.Add(u_i, ds, dot_i);
       }
     }
   }
-  if (active) StoreVector<Element, kPart>(sum, shape.scale, query_gradient + lane * kPart);
+  if (!active) return;
+  StoreVector<Element, kPart>(sum, shape.scale * factor, query_gradient + lane * kPart);
+  if (factor_gradient && lane == 0) *factor_gradient = shape.scale * sums.Gradient();
 }
 
 // What the queries [first, end) of one head add to the gradients of key `key`. Lanes hold their
-// part of the key and the value row and of the two sums. `threshold`, `delta`: of the head's rows.
-// Groups of lanes that are not `active` take part without a result.
+// part of the key and the value row and of the two sums. `threshold`, `delta` (times the factor)
+// and `factor` (null: 1): of the head's rows. Groups of lanes that are not `active` take part
+// without a result.
 template <class Element, int kHeadDim, AlphaMode kAlpha>
 __device__ __forceinline__ void CarefulKeyGradients(
     const TileRule<kAlpha>& rule, const Shape& shape, const RowBase& queries,
-    const RowBase& output_gradients, const float* threshold, const float* delta, int first, int end,
-    int key, bool active, int lane, const float (&key_row)[kHeadDim / 8],
-    const float (&value_row)[kHeadDim / 8], float (&key_sum)[kHeadDim / 8],
-    float (&value_sum)[kHeadDim / 8]) {
+    const RowBase& output_gradients, const float* threshold, const float* delta,
+    const float* factor, int first, int end, int key, bool active, int lane,
+    const float (&key_row)[kHeadDim / 8], const float (&value_row)[kHeadDim / 8],
+    float (&key_sum)[kHeadDim / 8], float (&value_sum)[kHeadDim / 8]) {
   constexpr int kPart = kHeadDim / kLanesPerRow;
 #pragma unroll 1
   for (; first < end; first += kLanesPerRow) {
-    const float dot = ConsecutiveDots<Element, kHeadDim>(queries, first, end, key_row, lane);
+    float dot = ConsecutiveDots<Element, kHeadDim>(queries, first, end, key_row, lane);
     const int query = first + lane;
     const bool sees = active && query < end && key < shape.VisibleKeys(query);
+    const float factor_own = factor && sees ? factor[query] : 1.0f;
+    dot *= factor_own;
     // A NaN threshold gives a zero excess: rows without a distribution add nothing.
     const float excess = sees ? __saturatef(fmaf(shape.coefficient, dot, -threshold[query])) : 0.0f;
     const float delta_own = sees ? delta[query] : 0.0f;
@@ -154,6 +183,7 @@ __device__ __forceinline__ void CarefulKeyGradients(
       const float p_i = __shfl_sync(kFullWarp, p, i, kLanesPerRow);
       const float u_i = __shfl_sync(kFullWarp, u, i, kLanesPerRow);
       const float delta_i = __shfl_sync(kFullWarp, delta_own, i, kLanesPerRow);
+      const float factor_i = __shfl_sync(kFullWarp, factor_own, i, kLanesPerRow);
       const bool kept = p_i > 0.0f || u_i > 0.0f;
       Chunk<kPart> gradient, query_row;
       gradient.Clear();
@@ -162,7 +192,7 @@ __device__ __forceinline__ void CarefulKeyGradients(
       if (p_i > 0.0f) Accumulate<Element, kPart>(p_i, gradient, value_sum);
       if (u_i > 0.0f) {
         query_row.Load(queries.Row(first + i));
-        Accumulate<Element, kPart>(u_i * (dp - delta_i), query_row, key_sum);
+        Accumulate<Element, kPart>(u_i * (factor_i * dp - delta_i), query_row, key_sum);
       }
     }
   }

@@ -5,6 +5,8 @@
 // S^T = K.Q^T and dP^T = V.dO^T, then P and dS as 16-bit operands, dV += P^T.dO, dK += dS^T.Q. Four
 // products a score; sums stay in registers and leave as fp32, to which the list path adds its part
 // (support_columns_backward.cuh).
+// With a factor f a query (query_scale) scores and output gradients are multiplied by it, delta has
+// been: dS is then f dS.
 // K and V are operands in registers, or in shared memory for head size 128. Keys whose sums came
 // out as NaN or infinite are done again without tensor cores (tile_careful.cuh).
 // Traffic: keys and values once, queries and gradients once a block of keys, from L2.
@@ -23,7 +25,7 @@ struct TileColumnsParams {
   Tensor<const Element> key, value;
   SavedState saved;
   const Control* control;
-  const float* delta;
+  const float* delta;     // times the row's factor
   float* key_gradient;    // (batch * kv_heads) x padded_keys x head_dim
   float* value_gradient;  // the same
   int* block_flag;        // (batch * kv_heads) x blocks: 1 where the sums above are valid
@@ -54,7 +56,11 @@ struct TileColumnsShared {
   alignas(1024) char value[Traits::kBlockBytes + 16];
   alignas(128) float threshold[Traits::kStages][Traits::kStepQueries];
   alignas(128) float delta[Traits::kStages][Traits::kStepQueries];
-  int work_count;                    // blocks of keys of all heads; here to save a register
+  alignas(128) float factor[Traits::kStages][Traits::kStepQueries];
+  // Here to save registers: blocks of keys of all heads, what a stage receives, whether there are
+  // factors.
+  int work_count, stage_bytes;
+  bool scaled;
   int first_query[Traits::kStages];  // -1: the block of keys is done
   uint64_t full[Traits::kStages];
   uint64_t empty[Traits::kStages];
@@ -92,7 +98,8 @@ __device__ __forceinline__ void RedoKeys(const TileColumnsParams<Element>& param
         CarefulKeyGradients<Element, kHeadDim, kAlpha>(
             rule, shape, RowBase::Of(params.query, batch, query_head, lane, kPart),
             RowBase::Of(params.output_gradient, batch, query_head, lane, kPart),
-            params.saved.threshold + first_row, params.delta + first_row, first,
+            params.saved.threshold + first_row, params.delta + first_row,
+            params.saved.row_factor ? params.saved.row_factor + first_row : nullptr, first,
             min(first + Shape::kUnitRows, shape.queries), key, active, lane, key_row, value_row,
             key_sum, value_sum);
       }
@@ -128,6 +135,10 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
   const int blocks = params.padded_keys / Traits::kBlockKeys;
   if (thread == 0) {
     shared.work_count = blocks * shape.KeyHeads();
+    shared.scaled = params.saved.row_factor != nullptr;
+    const int row_arrays = params.saved.row_factor ? 3 : 2;
+    shared.stage_bytes =
+        2 * Traits::kStageBytes + row_arrays * kStep * static_cast<int>(sizeof(float));
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       cute::initialize_barrier(shared.full[stage], 1);
       cute::initialize_barrier(shared.empty[stage], Traits::kConsumerThreads / kWarpSize);
@@ -168,16 +179,19 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
           cute::wait_barrier(shared.empty[stage], position.parity ^ 1);
           shared.first_query[stage] = query;
           uint64_t* const full = &shared.full[stage];
-          cute::set_barrier_transaction_bytes(
-              *full, 2 * Traits::kStageBytes + 2 * kStep * static_cast<int>(sizeof(float)));
-          LoadTile<kHeadDim, kStep>(query_map, full, shared.query[stage], query, query_head, batch);
-          LoadTile<kHeadDim, kStep>(gradient_map, full, shared.gradient[stage], query, query_head,
-                                    batch);
+          cute::set_barrier_transaction_bytes(*full, shared.stage_bytes);
           const size_t padded_row = static_cast<size_t>(head) * shape.padded_queries + query;
           cute::SM90_BULK_COPY_G2S::copy(params.saved.threshold + padded_row, full,
                                          shared.threshold[stage], kStep * sizeof(float));
           cute::SM90_BULK_COPY_G2S::copy(params.delta + padded_row, full, shared.delta[stage],
                                          kStep * sizeof(float));
+          if (shared.scaled) {
+            cute::SM90_BULK_COPY_G2S::copy(params.saved.row_factor + padded_row, full,
+                                           shared.factor[stage], kStep * sizeof(float));
+          }
+          LoadTile<kHeadDim, kStep>(query_map, full, shared.query[stage], query, query_head, batch);
+          LoadTile<kHeadDim, kStep>(gradient_map, full, shared.gradient[stage], query, query_head,
+                                    batch);
           position.Advance();
         }
       }
@@ -237,6 +251,19 @@ __global__ void __launch_bounds__(TileColumnsTraits<kHeadDim>::kThreads, 1)
       cute::warpgroup_wait<0>();
       Fence(scores);
       Fence(gradients);
+      if (params.saved.row_factor) {
+#pragma unroll
+        for (int e = 0; e < 32; e += 2) {
+          const float2 pair =
+              *reinterpret_cast<const float2*>(&shared.factor[stage][8 * (e / 4) + 2 * (lane % 4)]);
+          const float factor[2] = {FiniteOrZero(pair.x), FiniteOrZero(pair.y)};
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            scores[e + x] *= factor[x];
+            gradients[e + x] *= factor[x];
+          }
+        }
+      }
       // Queries past the end have threshold +inf; keys past the end are not stored.
       if (shape.VisibleKeys(first_query) < (block + 1) * Traits::kBlockKeys) {
 #pragma unroll

@@ -86,10 +86,12 @@ __device__ __forceinline__ void StoreUnitRows(const TileForwardParams<Element>& 
   for (int index = part; index < kStripRows; index += kRowsPerWarp) {
     const bool again = OfRow(bad, index) && rows.warp_row + index < shape.queries;
     const int own_row = again ? rows.warp_row + index : 0;
+    const float factor =
+        params.saved.row_factor ? params.saved.row_factor[rows.PaddedRow(shape, own_row)] : 1.0f;
     CarefulOutput<Element, kHeadDim, kAlpha>(
-        rule, shape.coefficient, params.query.Row(rows.batch, rows.query_head, own_row), keys,
-        values, OfRow(threshold, index), again, again ? shape.VisibleKeys(own_row) : 0, part_lane,
-        outputs + own_row * params.output.strides.row,
+        rule, shape.coefficient * factor, params.query.Row(rows.batch, rows.query_head, own_row),
+        keys, values, OfRow(threshold, index), again, again ? shape.VisibleKeys(own_row) : 0,
+        part_lane, outputs + own_row * params.output.strides.row,
         means ? means + static_cast<int64_t>(own_row) * kHeadDim : nullptr);
   }
 }
@@ -156,13 +158,19 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
                                      query);
     }
 
+    if (params.saved.row_factor) {
+      shared.factors.Load(params.saved.row_factor + rows.PaddedRow(shape, 0), rows.warp_row);
+    }
+
     float maximum[2] = {-INFINITY, -INFINITY};  // of the scores seen
     ThresholdSearch<kAlpha> search[2];
     float mass[2] = {0, 0}, slope[2] = {0, 0};  // at the thresholds of the output
     float output[kHeadDim / 2] = {};
     float weighted[kSave ? kHeadDim / 2 : 1] = {};
 
-    const auto mask = [&](float(&s)[32], int first_key) {
+    // Scores as they are needed: times the row's factor, -inf where the row must not look.
+    const auto finish = [&](float(&s)[32], int first_key) {
+      if (params.saved.row_factor) shared.factors.Scale(s);
       if (first_key + kSumKeys > warp_keys) {
 #pragma unroll
         for (int e = 0; e < 32; ++e) {
@@ -204,7 +212,7 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
         Fence(scores[i]);
         release(stages[i]);
         const int first_key = passes.SampleHalf(i) * kSumKeys;
-        mask(scores[i], first_key);
+        finish(scores[i], first_key);
         find_maxima(scores[i]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) sampled[r] += min(max(visible[r] - first_key, 0), kSumKeys);
@@ -301,13 +309,13 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
             issue(position.stage, 1, scores[1]);
             cute::warpgroup_wait<1>();
             Fence(scores[0]);
-            mask(scores[0], tile * kTileKeys);
+            finish(scores[0], tile * kTileKeys);
             add(scores[0]);
             cute::warpgroup_wait<0>();
             Fence(scores[1]);
             release(position.stage);
             position.Advance();
-            mask(scores[1], tile * kTileKeys + kSumKeys);
+            finish(scores[1], tile * kTileKeys + kSumKeys);
             add(scores[1]);
           }
           share_maxima();
@@ -355,7 +363,7 @@ __device__ __forceinline__ void TileForwardConsumer(const TileForwardParams<Elem
         constexpr int kSecondOperands = Traits::kTwoOperands ? 1 : 0;
         uint32_t p_operand[kSecondOperands + 1][16], u_operand[kSave ? 16 : 1];
         const auto weigh = [&](float(&s)[32], int first_key, uint32_t(&operand)[16]) {
-          mask(s, first_key);
+          finish(s, first_key);
 #pragma unroll
           for (int j = 0; j < 16; ++j) {
             const int r = j & 1;

@@ -80,6 +80,7 @@ struct TileForwardShared {
   using Traits = TileForwardTraits<kHeadDim, kSave>;
   alignas(1024) char tile[Traits::kStages][Traits::kStageBytes];
   alignas(1024) char query[Traits::kQueryBytes + 16];
+  UnitFactors factors;
   uint64_t full[Traits::kStages];
   uint64_t empty[Traits::kStages];
   uint64_t unit_ready;

@@ -213,6 +213,38 @@ struct UnitRows {
   }
 };
 
+// For the factors of rows that have no distribution: nothing of them may reach the keys' gradients.
+__device__ __forceinline__ float FiniteOrZero(float x) { return fabsf(x) < INFINITY ? x : 0.0f; }
+
+// The factors (query_scale) of a unit's queries, in shared memory: the consumers have no registers
+// for them. A warp writes and reads its own rows only.
+struct UnitFactors {
+  float of_row[Shape::kUnitRows];
+
+  // `factors`: of the head's rows.
+  __device__ __forceinline__ void Load(const float* factors, int warp_row) {
+    const int lane = threadIdx.x % kWarpSize, strip = FirstOfWarp();
+    __syncwarp();
+    if (lane < kStripRows) of_row[strip + lane] = __ldg(factors + warp_row + lane);
+    __syncwarp();
+  }
+  // Of row `i` (0 or 1) of the two that an accumulator gives a thread.
+  __device__ __forceinline__ float Of(int i) const {
+    return of_row[FirstOfWarp() + threadIdx.x % kWarpSize / 4 + 8 * i];
+  }
+  // Scores as they come from a product.
+  __device__ __forceinline__ void Scale(float (&scores)[32]) const {
+    const float factor[2] = {Of(0), Of(1)};
+#pragma unroll
+    for (int e = 0; e < 32; ++e) scores[e] *= factor[(e >> 1) & 1];
+  }
+
+ private:
+  static __device__ __forceinline__ int FirstOfWarp() {
+    return static_cast<int>(threadIdx.x) / kWarpSize * kStripRows;
+  }
+};
+
 // Writes a 64 x head_dim accumulator times a factor as fp32 rows of head_dim.
 template <int kHeadDim>
 __device__ __forceinline__ void StoreSums(const float (&accumulator)[kHeadDim / 2], float factor,

@@ -5,9 +5,13 @@
 // dS = u (dP - delta) rounded to 16 bits, and dQ += dS.K. delta = dO . (mean of V under u), which
 // the forward saved. Three products a score; no two CTAs add to the same row, so nothing is atomic.
 // Rows that a NaN or infinity reached are done again without tensor cores (tile_careful.cuh).
+// With a factor f a row (query_scale): dQ is f times the above, delta is stored as f delta for the
+// key side, and f's gradient comes from sums over the row in fp32 (FactorSums).
 // Traffic: queries and gradients once, keys and values once a unit, from L2.
 #ifndef FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
 #define FLASH_ENTMAX_CUDA_TILE_ROWS_BACKWARD_CUH_
+
+#include <cfloat>
 
 #include "launch_order.cuh"
 #include "tile_careful.cuh"
@@ -22,7 +26,8 @@ struct TileRowsParams {
   Tensor<Element> query_gradient;
   SavedState saved;
   const Control* control;
-  float* delta;  // (batch * heads) x padded_queries
+  float* delta;            // (batch * heads) x padded_queries, times the row's factor
+  float* factor_gradient;  // (batch * heads) x queries, or null
   bool all_units;
   Tensor<const Element> key, value;  // the tensors of the maps
 };
@@ -42,6 +47,8 @@ struct TileRowsShared {
   using Traits = TileRowsTraits<kHeadDim>;
   alignas(1024) char key[Traits::kStages][Traits::kStageBytes];
   alignas(1024) char value[Traits::kStages][Traits::kStageBytes];
+  UnitFactors factors;
+  FactorSums factor_sums[2][Traits::kConsumerThreads];
   uint64_t full[Traits::kStages];
   uint64_t empty[Traits::kStages];
 };
@@ -61,12 +68,13 @@ __device__ __forceinline__ void ForEachUnit(const Shape& shape, const int* unit_
   }
 }
 
-// Writes a warp's rows of dQ.
-template <class Element, int kHeadDim, AlphaMode kAlpha>
+// Writes a warp's rows of dQ and the gradients of their factors.
+template <class Element, int kHeadDim, AlphaMode kAlpha, size_t kUnitThreads>
 __device__ __forceinline__ void StoreQueryGradients(const TileRowsParams<Element>& params,
                                                     const TileRule<kAlpha>& rule, int unit,
                                                     const float (&threshold)[2],
                                                     const float (&delta)[2],
+                                                    const FactorSums (*factor_sums)[kUnitThreads],
                                                     const float (&sum)[kHeadDim / 2]) {
   const Shape& shape = params.shape;
   const int lane = threadIdx.x % kWarpSize;
@@ -75,13 +83,31 @@ __device__ __forceinline__ void StoreQueryGradients(const TileRowsParams<Element
   const int64_t stride = params.query_gradient.strides.row;
   int bad[2] = {0, 0};
   FindNonFinite(sum, bad);
+  const float* const row_factors = params.saved.row_factor;
+  float* factor_gradients = nullptr;
+  if (params.factor_gradient) {
+    factor_gradients = params.factor_gradient + static_cast<int64_t>(rows.head) * shape.queries;
+  }
   float factor[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    const int row = rows.warp_row + lane / 4 + 8 * i;
     // Rows with NaN or +inf among their scores have a NaN threshold.
     const bool undefined = isnan(threshold[i]);
     factor[i] = undefined ? NAN : shape.scale;
+    const float row_factor = row_factors ? row_factors[rows.PaddedRow(shape, row)] : 1.0f;
+    if (factor_gradients) {
+      // The sums' scores have been multiplied by the factor, which must not be (almost) zero.
+      bad[i] |= fabsf(row_factor) < 1e-20f;
+      const FactorSums& own = factor_sums[i][threadIdx.x];
+      const FactorSums sums = {QuadSum(own.u), QuadSum(own.ds), QuadSum(own.u_score),
+                               QuadSum(own.ds_score)};
+      if (lane % 4 == 0 && row < shape.queries) {
+        factor_gradients[row] = factor[i] * __fdividef(sums.Gradient(), row_factor);
+      }
+    }
     bad[i] = bad[i] && !undefined;
+    factor[i] *= row_factor;
   }
   StoreRows<Element, kHeadDim>(sum, factor[0], factor[1], gradients, stride,
                                rows.warp_row + lane / 4, shape.queries, lane);
@@ -98,8 +124,10 @@ __device__ __forceinline__ void StoreQueryGradients(const TileRowsParams<Element
     CarefulQueryGradient<Element, kHeadDim, kAlpha>(
         rule, shape, params.query.Row(rows.batch, rows.query_head, row),
         params.output_gradient.Row(rows.batch, rows.query_head, row), keys, values,
-        OfRow(threshold, index), OfRow(delta, index), again, again ? shape.VisibleKeys(row) : 0,
-        part_lane, gradients + row * stride);
+        OfRow(threshold, index), OfRow(delta, index),
+        row_factors ? row_factors[rows.PaddedRow(shape, row)] : 1.0f, again,
+        again ? shape.VisibleKeys(row) : 0, part_lane, gradients + row * stride,
+        factor_gradients ? factor_gradients + row : nullptr);
   }
 }
 
@@ -168,6 +196,13 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
     LoadOperand<Element, kHeadDim>(params.output_gradient.Row(rows.batch, rows.query_head, 0),
                                    params.output_gradient.strides.row, row, shape.queries, lane,
                                    gradient);
+    if (params.saved.row_factor) {
+      shared.factors.Load(params.saved.row_factor + rows.PaddedRow(shape, 0), rows.warp_row);
+    }
+    if (params.factor_gradient) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) shared.factor_sums[i][thread] = FactorSums();
+    }
     float threshold[2], delta[2] = {0, 0};
     {
       uint32_t mean[kHeadDim / 4];
@@ -187,7 +222,10 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
       delta[i] = QuadSum(delta[i]);
       // Rows without a distribution must not reach the gradients of their keys.
       if (isnan(threshold[i]) || visible[i] == 0) delta[i] = 0.0f;
-      if (lane % 4 == 0) params.delta[padded_row + 8 * i] = delta[i];
+      if (lane % 4 == 0) {
+        const float factor = params.saved.row_factor ? FiniteOrZero(shared.factors.Of(i)) : 1.0f;
+        params.delta[padded_row + 8 * i] = factor * delta[i];
+      }
     }
 
     float sum[kHeadDim / 2] = {};
@@ -211,12 +249,27 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
         Fence(scores);
         Fence(gradients);
         Fence(sum);
+        if (params.saved.row_factor) shared.factors.Scale(scores);
         const int first_key = tile * Traits::kTileKeys + half * kSumKeys;
         if (first_key + kSumKeys > warp_keys) {
 #pragma unroll
           for (int e = 0; e < 32; ++e) {
             const int k = first_key + 8 * (e / 4) + 2 * (lane % 4) + (e & 1);
             if (k >= visible[(e >> 1) & 1]) scores[e] = -INFINITY;
+          }
+        }
+        if (params.factor_gradient) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            FactorSums sums = shared.factor_sums[i][thread];
+#pragma unroll
+            for (int e = 2 * i; e < 32; e += (e & 1) ? 3 : 1) {
+              float p, u;
+              rule.Weights(__saturatef(fmaf(shape.coefficient, scores[e], -threshold[i])), &p, &u);
+              // Zero times -inf would not be zero.
+              sums.Add(u, u * (gradients[e] - delta[i]), fmaxf(scores[e], -FLT_MAX));
+            }
+            shared.factor_sums[i][thread] = sums;
           }
         }
 #pragma unroll
@@ -244,7 +297,7 @@ __global__ void __launch_bounds__(TileRowsTraits<kHeadDim>::kThreads, 1)
     // The broadcast makes the compiler compute where the rows lie again instead of keeping it in
     // registers over the loop.
     StoreQueryGradients<Element, kHeadDim, kAlpha>(params, rule, __shfl_sync(kFullWarp, unit, 0),
-                                                   threshold, delta, sum);
+                                                   threshold, delta, shared.factor_sums, sum);
   });
 }
 

@@ -88,6 +88,29 @@ class TestHostile:
             assert relative_error(got[0, 1, 334:], want[0, 1, 334:]) <= 2e-2
         assert torch.isnan(dirty.gradients[0]).any(-1).nonzero().tolist() == [[0, 1, 333]]
 
+    @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+    def test_bad_factor(self, library, engine, bad):
+        call = make(queries=700, causal=True)
+        call["query_scale"] = torch.full((1, 2, 700), 1.25, device="cuda")
+        clean = run(library, call, engine=engine)
+        call["query_scale"] = call["query_scale"].clone()
+        call["query_scale"][0, 1, 333] = bad
+        dirty = run(library, call, engine=engine)
+        wrong = torch.isnan(dirty.output).any(-1)
+        assert wrong.nonzero().tolist() == [[0, 1, 333]]
+        assert relative_error(dirty.output[~wrong], clean.output[~wrong]) <= 5e-3
+        # Keys after the row do not see it, and no other row's gradient notices.
+        for got in dirty.gradients[1:]:
+            assert torch.isfinite(got[0, 0]).all() and torch.isfinite(got[0, 1, 334:]).all()
+        for got in (dirty.gradients[0].sum(-1), dirty.scale_gradient):
+            assert torch.isfinite(got[~wrong]).all()
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4])
+    def test_extreme_factors(self, library, engine, size):
+        call = make(queries=700, causal=True)
+        call["query_scale"] = torch.full((1, 2, 700), size, device="cuda")
+        compare(run(library, call, engine=engine), call, backward=False)
+
     @pytest.mark.parametrize("bad", [NAN, math.inf])
     def test_bad_key(self, library, engine, bad):
         call = make(queries=700, causal=True)
