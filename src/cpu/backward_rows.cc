@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "cpu/backward_kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -34,7 +35,6 @@
 #include "cpu/scores-inl.h"
 #include "cpu/threshold-inl.h"
 #include "cpu/tile-inl.h"
-#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -55,12 +55,6 @@ HWY_INLINE hn::Vec<DoubleTag> Sensitivity(DoubleTag d, hn::Vec<DoubleTag> p, dou
   // For α > 2 it grows without bound as p falls.
   const auto exponent = hn::Min(hn::Mul(log_p, hn::Set(d, 2.0 - alpha)), hn::Set(d, 640.0));
   return hn::IfThenElseZero(positive, hn::Exp(d, exponent));
-}
-
-template <typename T>
-HWY_INLINE void PrefetchRow(const T* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t e = 0; e < width; e += kLine) hwy::Prefetch(row + e);
 }
 
 // out[i] = left · rows[key[i]], four rows at a time.

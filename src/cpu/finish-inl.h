@@ -18,8 +18,8 @@
 
 #include "cpu/attention_panel.h"
 #include "cpu/candidates-inl.h"
+#include "cpu/prefetch.h"
 #include "cpu/threshold-inl.h"
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -171,10 +171,8 @@ std::optional<Solution> SolveRow(const PanelInput<T>& input, CandidateList<T>* l
   if (probability->size() < room) probability->resize(room);
   Probabilities<kKind>(solution, list, probability->data());
   // The values arrive while the next row is solved.
-  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
   for (size_t i = 0; i < std::min<size_t>(list->count, 64); ++i) {
-    const T* value = input.head.values + list->key[i] * input.head.value_stride;
-    for (int64_t e = 0; e < input.head.value_width; e += kPerLine) hwy::Prefetch(value + e);
+    PrefetchRow(input.head.values + list->key[i] * input.head.value_stride, input.head.value_width);
   }
   return solution;
 }

@@ -19,10 +19,10 @@
 
 #include "cpu/attention_panel.h"
 #include "cpu/candidates-inl.h"
+#include "cpu/prefetch.h"
 #include "cpu/scores-inl.h"
 #include "cpu/screen_int8.h"
 #include "cpu/tile-inl.h"
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "math/element.h"
 
@@ -323,12 +323,9 @@ void ModifyListed(const PanelInput<T>& input, int64_t row, const int32_t* keys, 
 template <typename T>
 HWY_INLINE void PrefetchNewKeys(const PanelInput<T>& input, const CandidateList<T>& list) {
   constexpr size_t kMost = 32;
-  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
-  const int32_t* keys = list.key.data();
   const size_t end = std::min(list.count, list.scored + kMost);
   for (size_t i = list.scored; i < end; ++i) {
-    const T* row = input.table.rows + keys[i] * input.table.row_stride;
-    for (int64_t e = 0; e < input.head_size; e += kPerLine) hwy::Prefetch(row + e);
+    PrefetchRow(input.table.rows + list.key[i] * input.table.row_stride, input.head_size);
   }
 }
 
