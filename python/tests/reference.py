@@ -13,6 +13,8 @@ except ImportError:
     def entmax_bisect(scores: Tensor, alpha: float | Tensor, n_iter: int = 60) -> Tensor:
         """α > 1, along the last dimension."""
         order = alpha - 1.0
+        # The gradient in α multiplies by the scores, and zero times −∞ is not a number.
+        scores = scores.clamp(min=-1e300)
 
         def power(threshold: Tensor) -> Tensor:
             above = order * scores - threshold
