@@ -43,7 +43,8 @@ const Names<Optimizer>& OptimizerNames() {
 }
 const Names<Precision>& PrecisionNames() {
   static const Names<Precision> names = {{"float32", Precision::kFloat32},
-                                         {"bfloat16", Precision::kBFloat16}};
+                                         {"bfloat16", Precision::kBFloat16},
+                                         {"bfloat16_true", Precision::kBFloat16True}};
   return names;
 }
 
@@ -172,6 +173,10 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Whole("queries", &task->queries, 1, 64);
   fields.Real("few_pairs", &task->few_pairs, 0, 1);
   fields.Real("collisions", &task->collisions, 0, 1);
+  fields.Real("key_collisions", &task->key_collisions, 0, 1);
+  fields.Truth("end", &task->end);
+  fields.Truth("repeat_queries", &task->repeat_queries);
+  fields.Truth("own_slots", &task->own_slots);
   fields.Finish();
 }
 
@@ -189,6 +194,7 @@ void ReadModel(const Json& json, ModelConfig* model, Status* status) {
   fields.Real("init", &model->init, 1e-6, 10.0);
   fields.Real("scaler_start", &model->scaler_start, 1.0 + 1e-6, 100.0);
   fields.Truth("scaler_random", &model->scaler_random);
+  fields.Whole("zero_token", &model->zero_token, -1, 1 << 24);
   fields.Finish();
   if (model->width % model->heads != 0) {
     fields.Fail("model.heads", std::to_string(model->heads),
@@ -284,6 +290,10 @@ Expected<RunConfig> ReadRun(const Json& json) {
       fields.Fail("evaluation.multiples", std::to_string(multiple),
                   "such that every length is at least " + std::to_string(least));
     }
+  }
+  if (run.model.zero_token >= (*task)->vocabulary()) {
+    fields.Fail("model.zero_token", std::to_string(run.model.zero_token),
+                "below the task's vocabulary, " + std::to_string((*task)->vocabulary()));
   }
   if (!status.ok()) return status;
   return run;
@@ -467,6 +477,11 @@ std::string RunToJson(const RunConfig& run) {
     json["training"]["optimizer"] = NameIn(OptimizerNames(), training.optimizer);
     json["training"]["muon_rate"] = training.muon_rate;
   }
+  if (task.key_collisions > 0.0) json["task"]["key_collisions"] = task.key_collisions;
+  if (task.end) json["task"]["end"] = true;
+  if (task.repeat_queries) json["task"]["repeat_queries"] = true;
+  if (task.own_slots) json["task"]["own_slots"] = true;
+  if (model.zero_token >= 0) json["model"]["zero_token"] = model.zero_token;
   return json.dump(2) + "\n";
 }
 

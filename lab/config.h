@@ -50,10 +50,15 @@ struct ModelConfig {
   // projections (standard deviation 0.02) as the published code starts them.
   double scaler_start = 1.05;
   bool scaler_random = false;
+  // A token whose embedding is zero and stays so (−1: none). In the published models it is token 0:
+  // MQMTAR's space, which their library takes for padding.
+  int64_t zero_token = -1;
 };
 
 enum class Optimizer { kAdamW, kMuon };  // Muon: for the matrices between layers, see muon.h
-enum class Precision { kFloat32, kBFloat16 };
+// kBFloat16: products and activations; parameters and moments stay float32. kBFloat16True: those
+// are rounded to bfloat16 after every step too, as in the published runs (Lightning's "bf16-true").
+enum class Precision { kFloat32, kBFloat16, kBFloat16True };
 
 struct TrainingConfig {
   int64_t steps = 1000;

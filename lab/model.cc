@@ -124,7 +124,12 @@ at::Tensor Model::Initialise(uint64_t seed) const {
       *at++ = static_cast<float>(parameter.mean + noise);
     }
   }
+  ClearZeroToken(values);
   return values;
+}
+
+void Model::ClearZeroToken(at::Tensor flat) const {
+  if (config_.zero_token >= 0) Find(flat, "embedding")[config_.zero_token].zero_();
 }
 
 at::Tensor Model::Find(const at::Tensor& parameters, const std::string& name) const {

@@ -31,6 +31,9 @@ class Model {
   int64_t num_parameters() const { return total_; }
   // First values, float32 on the CPU: the same on every machine.
   at::Tensor Initialise(uint64_t seed) const;
+  // Zeroes what belongs to ModelConfig::zero_token, if there is one. flat: [num_parameters],
+  // parameters or their gradient.
+  void ClearZeroToken(at::Tensor flat) const;
   // The matrices between the layers' norms, by offset.
   std::vector<HiddenMatrix> HiddenMatrices() const;
   // The value of a named parameter, as "layer0.qkv"; undefined if there is none.

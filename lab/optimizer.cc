@@ -8,6 +8,17 @@
 
 namespace flash_entmax::lab {
 
+void TrainingState::Round() {
+  const at::NoGradGuard no_gradient;
+  for (at::Tensor* tensor : {&parameters, &first_moment, &second_moment}) {
+    tensor->copy_(tensor->to(at::kBFloat16));
+  }
+}
+
+at::ScalarType ComputeType(Precision precision) {
+  return precision == Precision::kFloat32 ? at::kFloat : at::kBFloat16;
+}
+
 double LearningRate(const TrainingConfig& training, int64_t step) {
   if (step < training.warmup) {
     return training.learning_rate * static_cast<double>(step + 1) /
@@ -52,6 +63,7 @@ double OptimizerStep(const TrainingConfig& training, int64_t step,
     MuonStep(taken, gradient, at::full({}, rates.muon, gradient.options().dtype(at::kFloat)),
              state->first_moment, state->parameters);
   }
+  if (training.precision == Precision::kBFloat16True) state->Round();
   return norm;
 }
 

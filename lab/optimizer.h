@@ -5,6 +5,7 @@
 #define FLASH_ENTMAX_LAB_OPTIMIZER_H_
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 #include <vector>
@@ -19,7 +20,13 @@ struct TrainingState {
   at::Tensor parameters;     // [num_parameters] float32
   at::Tensor first_moment;   // like parameters
   at::Tensor second_moment;  // like parameters
+
+  // Every number to the nearest bfloat16: Precision::kBFloat16True.
+  void Round();
 };
+
+// The type of products and activations.
+at::ScalarType ComputeType(Precision precision);
 
 inline constexpr double kAdamEpsilon = 1e-8;
 

@@ -22,8 +22,7 @@ class PlainStepper final : public Stepper {
   std::vector<StepResult> Run(int64_t first, int64_t count) override {
     std::vector<StepResult> results;
     const at::Device device = state_->parameters.device();
-    const at::ScalarType compute =
-        run_.training.precision == Precision::kBFloat16 ? at::kBFloat16 : at::kFloat;
+    const at::ScalarType compute = ComputeType(run_.training.precision);
     for (int64_t step = first; step < first + count; ++step) {
       const Batch batch = TrainingBatch(task_, run_, step, false);
       const at::Tensor leaf =
@@ -33,7 +32,8 @@ class PlainStepper final : public Stepper {
           Loss(model_, leaf, AsTensor(batch.tokens, batch.rows, batch.tokens_per_row).to(device),
                AsTensor(batch.index, batch.rows, batch.targets_per_row).view({-1}).to(device),
                AsTensor(batch.labels, batch.rows, batch.targets_per_row).view({-1}).to(device));
-      const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0].to(at::kFloat);
+      at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0].to(at::kFloat);
+      model_.ClearZeroToken(gradient);
       StepResult result;
       result.loss = loss.item<double>();
       result.gradient_norm = OptimizerStep(run_.training, step, matrices_, gradient, state_);

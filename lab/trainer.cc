@@ -99,12 +99,12 @@ Expected<Session> Open(const RunConfig& run, const TrainingOptions& options) {
   Expected<std::unique_ptr<Task>> task = MakeTask(run.task);
   if (!task.ok()) return task.status();
   session.task = *std::move(task);
-  const at::ScalarType compute =
-      run.training.precision == Precision::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const at::ScalarType compute = ComputeType(run.training.precision);
   session.model = std::make_unique<Model>(run.model, session.task->vocabulary(), *device, compute);
   session.state.parameters = session.model->Initialise(run.seed).to(*device);
   session.state.first_moment = at::zeros_like(session.state.parameters);
   session.state.second_moment = at::zeros_like(session.state.parameters);
+  if (run.training.precision == Precision::kBFloat16True) session.state.Round();
   const std::string path = Join(options.folder, "checkpoint.safetensors");
   if (std::filesystem::exists(path)) {
     const Expected<int64_t> step = ReadCheckpoint(path, run, &session.state);
@@ -135,8 +135,7 @@ Status ClaimFolder(const RunConfig& run, const std::string& folder) {
 }
 
 at::Tensor ComputeParameters(const RunConfig& run, const TrainingState& state) {
-  return run.training.precision == Precision::kBFloat16 ? state.parameters.to(at::kBFloat16)
-                                                        : state.parameters;
+  return state.parameters.to(ComputeType(run.training.precision));
 }
 
 class Trainer {

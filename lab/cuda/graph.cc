@@ -36,7 +36,8 @@ class GraphStepper final : public Stepper {
         run_(run),
         model_(model),
         state_(state),
-        bfloat16_(run.training.precision == Precision::kBFloat16),
+        bfloat16_(run.training.precision != Precision::kFloat32),
+        rounded_(run.training.precision == Precision::kBFloat16True),
         tokens_(task.MaxTokens(run.training.max_length) - 1),
         targets_(task.MaxTargets(run.training.max_length)),
         stream_(c10::cuda::getStreamFromPool()) {
@@ -152,6 +153,7 @@ class GraphStepper final : public Stepper {
                                  device_.labels.index_select(0, counter_)[0]);
     const at::Tensor gradient = torch::autograd::grad({loss}, {leaf_})[0].contiguous();
     const at::NoGradGuard no_gradient;
+    model_.ClearZeroToken(gradient);
     const at::Tensor norm = at::linalg_vector_norm(gradient, 2, {}, false, at::kFloat);
     Update(gradient, norm);
     results_.index_copy_(0, counter_, at::stack({loss.detach(), norm}).unsqueeze(0));
@@ -172,6 +174,7 @@ class GraphStepper final : public Stepper {
       call.gradient = at(gradient).const_data_ptr();
       if (bfloat16_) call.copy = static_cast<__nv_bfloat16*>(at(leaf_).mutable_data_ptr());
       call.bfloat16 = bfloat16_;
+      call.rounded = rounded_;
       call.norm = norm.const_data_ptr<float>();
       call.rates = device_.rates.const_data_ptr<float>();
       call.step = counter_.const_data_ptr<int64_t>();
@@ -192,6 +195,7 @@ class GraphStepper final : public Stepper {
       leaf_.narrow(0, range.offset, range.size)
           .copy_(state_->parameters.narrow(0, range.offset, range.size));
     }
+    if (rounded_) state_->Round();
   }
 
   // Libraries choose their algorithms and allocate in the first steps, which must not be part of
@@ -225,6 +229,7 @@ class GraphStepper final : public Stepper {
   const Model& model_;
   TrainingState* state_;
   const bool bfloat16_;
+  const bool rounded_;  // parameters and moments are bfloat16 numbers too
   const int64_t tokens_;
   const int64_t targets_;
   c10::cuda::CUDAStream stream_;

@@ -284,6 +284,8 @@ __global__ void AdaptiveScaleKernel(AdaptiveScaleCall a) {
   result[a.scaled + head] = gradient * beta * power * 2.0f * (1.0f - tanh_g * tanh_g) * log_log;
 }
 
+__device__ float Rounded(float value) { return __bfloat162float(__float2bfloat16(value)); }
+
 template <typename T>
 __global__ void AdamKernel(AdamCall a) {
   const float* rates = a.rates + 4 * *a.step;
@@ -293,9 +295,11 @@ __global__ void AdamKernel(AdamCall a) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.size;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const float g = Value(static_cast<const T*>(a.gradient), i) * shrink;
-    const float m = a.beta1 * a.first_moment[i] + (1.0f - a.beta1) * g;
-    const float v = a.beta2 * a.second_moment[i] + (1.0f - a.beta2) * g * g;
-    const float w = a.parameters[i] * (1.0f - decay) - rate * m / (sqrtf(v * second) + a.epsilon);
+    const auto kept = [&](float value) { return a.rounded ? Rounded(value) : value; };
+    const float m = kept(a.beta1 * a.first_moment[i] + (1.0f - a.beta1) * g);
+    const float v = kept(a.beta2 * a.second_moment[i] + (1.0f - a.beta2) * g * g);
+    const float w =
+        kept(a.parameters[i] * (1.0f - decay) - rate * m / (sqrtf(v * second) + a.epsilon));
     a.first_moment[i] = m;
     a.second_moment[i] = v;
     a.parameters[i] = w;

@@ -109,6 +109,7 @@ struct AdamCall {
   const void* gradient;  // bfloat16 or float32
   __nv_bfloat16* copy;   // the new parameters rounded, or null
   bool bfloat16;         // type of the gradient
+  bool rounded;          // parameters and moments are rounded to bfloat16
   const float* norm;     // of the gradient
   const float* rates;    // [steps, 4]: rate, second, decay, and one that is not read
   const int64_t* step;   // which row of `rates`

@@ -4,13 +4,18 @@
 // symbols, `pair`, a value of V symbols and at least one `space`, at random offsets in a background
 // of spaces. Keys are distinct, values are distinct, both drawn from fixed vocabularies. Then come
 // the queries, each `query` and a key of the context (different ones while there are enough pairs).
+// The published generator differs: with `own_slots` each pair lies anywhere within ⌊length/pairs⌋
+// tokens of its own (what is left of the context is missing), and with `repeat_queries` any query
+// may ask for any pair.
 // The target holds, for each query, `query` and the value:
 //     begin, context, (query key)×queries, separator, (query value)×queries
 // Tokens: symbols 0 … S−1, space, pair, query, begin, separator.
 //
-// For training only, `few_pairs` of the samples hold 1 to 3 pairs, and in `collisions` of them the
+// For training only, `few_pairs` of the samples hold 1 to 3 pairs; in `collisions` of them the
 // values come from a part of the vocabulary whose first symbols are few, so that copying what
-// follows the same first symbol elsewhere is wrong more often than right.
+// follows the same first symbol elsewhere is wrong more often than right; in `key_collisions` of
+// them all keys share their first or their last symbol with one of them. In long contexts many keys
+// do, in short ones by chance hardly any.
 
 #include <algorithm>
 #include <array>
@@ -34,6 +39,12 @@ class RecallTask final : public Task {
         values_(MakeWords(2, options.value_symbols)) {
     // Words in order, so that words with the same first symbol are neighbours.
     std::sort(values_.begin(), values_.end());
+    by_first_.resize(static_cast<size_t>(options.symbols));
+    by_last_.resize(static_cast<size_t>(options.symbols));
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      by_first_[FirstSymbol(keys_[i])].push_back(static_cast<int32_t>(i));
+      by_last_[LastSymbol(keys_[i])].push_back(static_cast<int32_t>(i));
+    }
   }
 
   int64_t vocabulary() const override { return options_.symbols + 5; }
@@ -46,7 +57,7 @@ class RecallTask final : public Task {
   }
 
   Sample Generate(int64_t length, Random& random) const override {
-    return Make(length, Pairs(length), false, random);
+    return Make(length, Pairs(length), false, false, random);
   }
 
   Sample GenerateForTraining(int64_t length, Random& random) const override {
@@ -54,7 +65,11 @@ class RecallTask final : public Task {
     if (random.Chance(options_.few_pairs)) {
       pairs = std::min(pairs, random.Integer(1, kSimplePairs));
     }
-    return Make(length, pairs, random.Chance(options_.collisions), random);
+    const bool collide = random.Chance(options_.collisions);
+    // No number is drawn where there was no choice: samples stay what they were.
+    const bool keys_collide =
+        options_.key_collisions > 0.0 && random.Chance(options_.key_collisions);
+    return Make(length, pairs, collide, keys_collide, random);
   }
 
   void Solve(Sample& sample) const override {
@@ -99,8 +114,51 @@ class RecallTask final : public Task {
     return std::clamp<int64_t>(pairs, 1, options_.vocabulary);
   }
 
-  Sample Make(int64_t length, int64_t pairs, bool collide, Random& random) const {
-    const std::vector<int32_t> keys = random.Distinct(pairs, options_.vocabulary);
+  // Ascending. Sorted random offsets among all the free spaces, or, with own_slots, one in each
+  // slot.
+  std::vector<int64_t> Offsets(int64_t length, int64_t pairs, Random& random) const {
+    std::vector<int64_t> offsets(static_cast<size_t>(pairs));
+    const int64_t all = (options_.own_slots ? length / pairs * pairs : length);
+    const int64_t free = all - pairs * PairTokens(), each = free / pairs;
+    for (int64_t i = 0; i < pairs; ++i) {
+      offsets[static_cast<size_t>(i)] =
+          options_.own_slots ? i * each + random.Below(each + 1) : random.Below(free + 1);
+    }
+    std::sort(offsets.begin(), offsets.end());
+    return offsets;
+  }
+
+  static size_t FirstSymbol(const Word& key) { return static_cast<size_t>(key[0]); }
+  size_t LastSymbol(const Word& key) const {
+    return static_cast<size_t>(key[static_cast<size_t>(options_.key_symbols - 1)]);
+  }
+
+  // A key and others that begin or end as it does, in random order; empty if there are too few.
+  std::vector<int32_t> KeysAlike(int64_t pairs, Random& random) const {
+    const auto chosen = static_cast<int32_t>(random.Below(options_.vocabulary));
+    const Word& word = keys_[static_cast<size_t>(chosen)];
+    std::vector<int32_t> pool = {chosen};
+    for (const auto* alike : {&by_first_[FirstSymbol(word)], &by_last_[LastSymbol(word)]}) {
+      for (const int32_t other : *alike) {
+        // With keys of one symbol both lists are the same.
+        if (std::find(pool.begin(), pool.end(), other) == pool.end()) pool.push_back(other);
+      }
+    }
+    if (static_cast<int64_t>(pool.size()) < pairs) return {};
+    // The chosen one among them: it is the one that all others are like.
+    std::vector<int32_t> keys = {chosen};
+    for (const int32_t i : random.Distinct(pairs - 1, static_cast<int64_t>(pool.size()) - 1)) {
+      keys.push_back(pool[static_cast<size_t>(i + 1)]);
+    }
+    std::swap(keys[0], keys[static_cast<size_t>(random.Below(pairs))]);
+    return keys;
+  }
+
+  Sample Make(int64_t length, int64_t pairs, bool collide, bool keys_collide,
+              Random& random) const {
+    std::vector<int32_t> keys;
+    if (keys_collide) keys = KeysAlike(pairs, random);
+    if (keys.empty()) keys = random.Distinct(pairs, options_.vocabulary);
     std::vector<int32_t> values;
     // Words that begin with one of a few neighbouring symbols; never fewer than are needed.
     const int64_t alike = std::max(
@@ -117,11 +175,8 @@ class RecallTask final : public Task {
     std::vector<int32_t>& tokens = sample.tokens;
     tokens.reserve(static_cast<size_t>(MaxTokens(length)));
     tokens.push_back(begin());
-    // Free spaces before each pair: the gaps between sorted random offsets.
-    std::vector<int64_t> offsets(static_cast<size_t>(pairs));
-    const int64_t free = length - pairs * PairTokens();
-    for (int64_t& offset : offsets) offset = random.Below(free + 1);
-    std::sort(offsets.begin(), offsets.end());
+    // Free spaces before each pair, with those of the pairs before it.
+    const std::vector<int64_t> offsets = Offsets(length, pairs, random);
     for (int64_t i = 0; i < pairs; ++i) {
       const auto place =
           static_cast<size_t>(1 + offsets[static_cast<size_t>(i)] + i * PairTokens());
@@ -133,13 +188,15 @@ class RecallTask final : public Task {
       tokens.insert(tokens.end(), value.begin(), value.begin() + options_.value_symbols);
       tokens.push_back(space());
     }
+    if (options_.own_slots) length = length / pairs * pairs;
     tokens.resize(static_cast<size_t>(1 + length), space());
 
     const std::vector<int32_t> order = random.Distinct(std::min(options_.queries, pairs), pairs);
     std::vector<int32_t> answer;
     for (int64_t i = 0; i < options_.queries; ++i) {
+      const bool ordered = i < pairs && !options_.repeat_queries;
       const auto which =
-          static_cast<size_t>(i < pairs ? order[static_cast<size_t>(i)] : random.Below(pairs));
+          static_cast<size_t>(ordered ? order[static_cast<size_t>(i)] : random.Below(pairs));
       const Word& key = keys_[static_cast<size_t>(keys[which])];
       const Word& value = values_[static_cast<size_t>(values[which])];
       tokens.push_back(query());
@@ -163,6 +220,8 @@ class RecallTask final : public Task {
   const TaskOptions options_;
   std::vector<Word> keys_;
   std::vector<Word> values_;
+  // Numbers of the keys with a certain first or last symbol.
+  std::vector<std::vector<int32_t>> by_first_, by_last_;
 };
 
 }  // namespace

@@ -29,6 +29,38 @@ int64_t DefaultSymbols(const std::string& name) {
   return 0;
 }
 
+// Another task whose samples end with one more token, to be predicted as well.
+class EndedTask final : public Task {
+ public:
+  explicit EndedTask(std::unique_ptr<Task> task) : task_(std::move(task)) {}
+
+  int64_t vocabulary() const override { return task_->vocabulary() + 1; }
+  int64_t min_length() const override { return task_->min_length(); }
+  int64_t MaxTokens(int64_t length) const override { return task_->MaxTokens(length) + 1; }
+  int64_t MaxTargets(int64_t length) const override { return task_->MaxTargets(length) + 1; }
+  Sample Generate(int64_t length, Random& random) const override {
+    return Ended(task_->Generate(length, random));
+  }
+  Sample GenerateForTraining(int64_t length, Random& random) const override {
+    return Ended(task_->GenerateForTraining(length, random));
+  }
+  void Solve(Sample& sample) const override {
+    sample.tokens.pop_back();
+    sample.target.pop_back();
+    task_->Solve(sample);
+    sample = Ended(std::move(sample));
+  }
+
+ private:
+  Sample Ended(Sample sample) const {
+    sample.tokens.push_back(static_cast<int32_t>(task_->vocabulary()));
+    sample.target.push_back(1);
+    return sample;
+  }
+
+  const std::unique_ptr<Task> task_;
+};
+
 }  // namespace
 
 std::vector<std::string> TaskNames() {
@@ -54,6 +86,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckRange("items", options.items, 1, most), CheckShare("write", options.write),
         CheckShare("read", options.read), CheckShare("few_pairs", options.few_pairs),
         CheckShare("collisions", options.collisions),
+        CheckShare("key_collisions", options.key_collisions),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
         CheckRange("value_symbols", options.value_symbols, 1, 8),
         CheckRange("vocabulary", options.vocabulary, 2, 1 << 20),
@@ -79,6 +112,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
   std::unique_ptr<Task> task = MakeSequenceTask(options);
   if (!task) task = MakeStateTask(options);
   if (!task) task = MakeRecallTask(options);
+  if (options.end) task = std::make_unique<EndedTask>(std::move(task));
   return task;
 }
 

@@ -3,9 +3,9 @@
 // A sample is a sequence of tokens, some of which are the target: what the model is to predict from
 // everything before them. Most tasks have the format
 //     begin, source (length symbols), separator, target
-// and there is no end token: the length of the target follows from the source. Exact match of the
-// whole target with every earlier token given equals exact match under greedy decoding: as long as
-// every prediction is right, the decoded prefix is the given one.
+// and, unless TaskOptions::end asks for one, no end token: the length of the target follows from
+// the source. Exact match of the whole target with every earlier token given equals exact match
+// under greedy decoding: as long as every prediction is right, the decoded prefix is the given one.
 
 #ifndef FLASH_ENTMAX_LAB_TASKS_TASK_H_
 #define FLASH_ENTMAX_LAB_TASKS_TASK_H_
@@ -28,18 +28,23 @@ struct Sample {
 // The parameters of every task; each uses the few that its format names.
 struct TaskOptions {
   std::string name;
-  int64_t symbols = 0;         // size of the alphabet; 0: the task's default
-  int64_t modulus = 3;         // counting
-  int64_t distance = 2;        // back
-  int64_t items = 16;          // selective_copy: how many symbols are to be copied
-  double write = 0.1;          // flip_flop: probability of a write instruction
-  double read = 0.1;           // flip_flop: probability of a read instruction
-  int64_t key_symbols = 2;     // recall: symbols of a key
-  int64_t value_symbols = 2;   // recall: symbols of a value
-  int64_t vocabulary = 10000;  // recall: how many different keys, and values, there are
-  int64_t queries = 4;         // recall
-  double few_pairs = 0.0;      // recall: share of the samples that hold only 1 to 3 pairs
-  double collisions = 0.0;     // recall: share of the samples whose values begin alike
+  int64_t symbols = 0;          // size of the alphabet; 0: the task's default
+  int64_t modulus = 3;          // counting
+  int64_t distance = 2;         // back
+  int64_t items = 16;           // selective_copy: how many symbols are to be copied
+  double write = 0.1;           // flip_flop: probability of a write instruction
+  double read = 0.1;            // flip_flop: probability of a read instruction
+  int64_t key_symbols = 2;      // recall: symbols of a key
+  int64_t value_symbols = 2;    // recall: symbols of a value
+  int64_t vocabulary = 10000;   // recall: how many different keys, and values, there are
+  int64_t queries = 4;          // recall
+  double few_pairs = 0.0;       // recall: share of the samples that hold only 1 to 3 pairs
+  double collisions = 0.0;      // recall: share of the samples whose values begin alike
+  double key_collisions = 0.0;  // recall: share of the samples whose keys share symbols
+  // As the published generator (deep-spin/asentmax) makes them:
+  bool end = false;             // any task: the target ends with a token of its own
+  bool repeat_queries = false;  // recall: queries are drawn with replacement
+  bool own_slots = false;  // recall: each pair has its own ⌊length/pairs⌋ tokens of the context
 };
 
 class Task {

@@ -44,6 +44,15 @@ TEST(Config, RunsSurviveARoundTrip) {
   const Expected<RunConfig> again = ParseRun(text);
   ASSERT_TRUE(testing::IsOk(again.status()));
   EXPECT_EQ(RunToJson(*again), text);
+  // What is left out by default comes back too.
+  const Expected<Recipe> rare = ParseRecipe(
+      kRecipe, "test", {"task.end=true", "model.zero_token=1", "training.precision=bfloat16_true"});
+  ASSERT_TRUE(testing::IsOk(rare.status()));
+  const Expected<RunConfig> read = ParseRun(RunToJson(rare->runs[0]));
+  ASSERT_TRUE(testing::IsOk(read.status()));
+  EXPECT_TRUE(read->task.end);
+  EXPECT_EQ(read->model.zero_token, 1);
+  EXPECT_EQ(read->training.precision, Precision::kBFloat16True);
 }
 
 TEST(Config, BrokenRecipesAreRefused) {
@@ -57,6 +66,9 @@ TEST(Config, BrokenRecipesAreRefused) {
   EXPECT_TRUE(testing::Rejects(status("colour=1"), "colour"));
   EXPECT_TRUE(testing::Rejects(status("training.steps=0"), "training.steps"));
   EXPECT_TRUE(testing::Rejects(status("training.steps=1.5"), "training.steps"));
+  EXPECT_TRUE(testing::Rejects(status("model.zero_token=100000"), "model.zero_token"));
+  EXPECT_TRUE(testing::Rejects(status("task.end=1"), "task.end"));
+  EXPECT_TRUE(testing::Rejects(status("training.precision=bf16"), "training.precision"));
   EXPECT_TRUE(testing::Rejects(status("training.learning_rate=fast"), "training.learning_rate"));
   EXPECT_TRUE(testing::Rejects(status("training.min_length=100"), "training.min_length"));
   EXPECT_TRUE(testing::Rejects(status("model.heads=5"), "model.heads"));

@@ -211,6 +211,17 @@ TEST_F(CudaTrainingTest, LossesFollowTheCpu) {
   }
 }
 
+// The state is rounded by the kernel as the CPU rounds it.
+TEST_F(CudaTrainingTest, KeepsItsStateInBfloat16) {
+  RunConfig run = SmallRun(AttentionKind::kAsentmax, Precision::kBFloat16True);
+  run.model.zero_token = 0;
+  const std::vector<double> cpu = Losses(run, "cpu", "rounded-cpu");
+  const std::vector<double> cuda = Losses(run, "cuda", "rounded-cuda");
+  ASSERT_EQ(cuda.size(), cpu.size());
+  for (size_t i = 0; i < 20; ++i) EXPECT_NEAR(cuda[i], cpu[i], 2e-2) << "step " << i;
+  EXPECT_NEAR(cuda.back(), cpu.back(), 0.15 * cpu.front());
+}
+
 TEST_F(CudaTrainingTest, GoesOnWhereItStopped) {
   const RunConfig run = SmallRun(AttentionKind::kEntmax, Precision::kBFloat16);
   const std::vector<double> whole = Losses(run, "cuda", "whole");

@@ -147,6 +147,51 @@ TEST(Optimizer, FollowsTheFormula) {
   EXPECT_NEAR(state.second_moment[0].item<double>(), 0.09, 1e-6);
 }
 
+// Every number that training keeps is a bfloat16, and small steps of large weights are lost.
+TEST(Optimizer, CanKeepItsStateInBfloat16) {
+  SCOPED_TRACE(testing::SeedMessage());
+  TrainingConfig training;
+  training.warmup = 0;
+  training.learning_rate = 1e-3;
+  training.precision = Precision::kBFloat16True;
+  testing::Random random(22);
+  at::Tensor gradient = at::zeros({64});
+  for (int64_t i = 0; i < 64; ++i) gradient[i] = random.Gauss();
+  TrainingState state{at::linspace(-1.0, 1.0, 64), at::zeros({64}), at::zeros({64})};
+  state.Round();
+  TrainingState wide{state.parameters.clone(), at::zeros({64}), at::zeros({64})};
+  TrainingConfig plain = training;
+  plain.precision = Precision::kFloat32;
+  const at::Tensor start = state.parameters.clone();
+  for (int64_t step = 0; step < 3; ++step) {
+    OptimizerStep(training, step, {}, gradient, &state);
+    OptimizerStep(plain, step, {}, gradient, &wide);
+  }
+  for (const at::Tensor& tensor : {state.parameters, state.first_moment, state.second_moment}) {
+    EXPECT_TRUE(tensor.equal(tensor.to(at::kBFloat16).to(at::kFloat)));
+  }
+  // Half the distance between bfloat16 numbers is 1/512 from 1/2 to 1, twice the step.
+  const at::Tensor large = start.abs() >= 0.5, small = start.abs() < 0.1;
+  EXPECT_TRUE(state.parameters.masked_select(large).equal(start.masked_select(large)));
+  EXPECT_FALSE(state.parameters.masked_select(small).equal(start.masked_select(small)));
+  EXPECT_TRUE((wide.parameters != start).all().item<bool>());
+  EXPECT_TRUE(state.parameters.allclose(wide.parameters, 4e-3, 5e-3));
+}
+
+TEST(Model, TheZeroTokenStaysZero) {
+  ModelConfig config = SmallConfig(AttentionKind::kAsentmax, Positions::kNape);
+  config.zero_token = 3;
+  const Model model(config, 11, at::kCPU, at::kFloat);
+  const at::Tensor embedding = model.Find(model.Initialise(1), "embedding");
+  EXPECT_EQ(embedding[3].abs().sum().item<double>(), 0.0);
+  EXPECT_GT(embedding[2].abs().sum().item<double>(), 0.0);
+  at::Tensor gradient = at::ones({model.num_parameters()});
+  model.ClearZeroToken(gradient);
+  EXPECT_EQ(gradient.sum().item<double>(),
+            static_cast<double>(model.num_parameters() - config.width));
+  EXPECT_EQ(model.Find(gradient, "embedding")[3].sum().item<double>(), 0.0);
+}
+
 TEST(Muon, DirectionsAreNearlyOrthogonal) {
   SCOPED_TRACE(testing::SeedMessage());
   testing::Random random(22);

@@ -48,6 +48,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.name = name;
     options.few_pairs = 0.3;
     options.collisions = 0.3;
+    options.key_collisions = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -101,6 +102,95 @@ TEST(Tasks, RecallHasTheStatedDensity) {
     const auto pairs = std::count(sample.tokens.begin(), sample.tokens.end(), 257);
     EXPECT_EQ(pairs, length * 8 / 10 / 6);
     EXPECT_EQ(static_cast<int64_t>(sample.tokens.size()), length + 2 + 4 * 6);
+  }
+}
+
+// What the published generator does differently: every sample obeys the rule, slots keep pairs
+// apart, queries repeat, and the target ends with a token of its own.
+TEST(Tasks, RecallAsPublished) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  const int64_t plain = Make(options)->vocabulary();
+  options.end = options.repeat_queries = options.own_slots = true;
+  const std::unique_ptr<Task> task = Make(options);
+  EXPECT_EQ(task->vocabulary(), plain + 1);
+  int repeated = 0;
+  for (const int64_t length : {32, 47, 48, 64, 1000}) {
+    const int64_t pairs = length * 8 / 10 / 6, slot = length / pairs;
+    for (int i = 0; i < 50; ++i) {
+      const Sample sample = task->Generate(length, random);
+      CheckSample(*task, length, sample);
+      ASSERT_EQ(static_cast<int64_t>(sample.tokens.size()), pairs * slot + 2 + 4 * 6 + 1);
+      ASSERT_EQ(sample.tokens.back(), plain);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const auto start = sample.tokens.begin() + 1 + pair * slot;
+        ASSERT_EQ(std::count(start, start + slot, 257), 1) << "slot " << pair << " of " << length;
+      }
+      std::set<std::pair<int32_t, int32_t>> keys;
+      for (int64_t query = 0; query < 4; ++query) {
+        const auto at = static_cast<size_t>(1 + pairs * slot + 3 * query);
+        ASSERT_EQ(sample.tokens[at], 258);
+        keys.insert({sample.tokens[at + 1], sample.tokens[at + 2]});
+      }
+      repeated += keys.size() < 4 ? 1 : 0;
+    }
+  }
+  // With 4 pairs 91 % of the samples repeat one; none do without replacement.
+  EXPECT_GT(repeated, 30);
+}
+
+// All keys of such a sample share their first or last symbol with one of them, and evaluation never
+// sees such samples.
+TEST(Tasks, RecallKeysCanCollide) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  options.key_collisions = 1.0;
+  const std::unique_ptr<Task> task = Make(options);
+  const auto share = [](const Sample& sample) {
+    std::vector<std::pair<int32_t, int32_t>> keys;
+    for (size_t i = 2; i < sample.tokens.size(); ++i) {
+      if (sample.tokens[i] == 257) keys.push_back({sample.tokens[i - 2], sample.tokens[i - 1]});
+    }
+    return std::any_of(keys.begin(), keys.end(), [&](const auto& one) {
+      return std::all_of(keys.begin(), keys.end(), [&](const auto& other) {
+        return one.first == other.first || one.second == other.second;
+      });
+    });
+  };
+  int by_chance = 0;
+  for (int i = 0; i < 100; ++i) {
+    const Sample sample = task->GenerateForTraining(64, random);
+    CheckSample(*task, 64, sample);
+    ASSERT_TRUE(share(sample));
+    by_chance += share(task->Generate(64, random)) ? 1 : 0;
+  }
+  EXPECT_EQ(by_chance, 0);
+  // Too few words to choose from: samples are made all the same.
+  options.key_symbols = 1;
+  options.vocabulary = 100;
+  const std::unique_ptr<Task> single = Make(options);
+  for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, random));
+}
+
+TEST(Tasks, AnyTaskCanEndWithAToken) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  for (const std::string& name : TaskNames()) {
+    SCOPED_TRACE(name);
+    TaskOptions options;
+    options.name = name;
+    options.end = true;
+    const std::unique_ptr<Task> task = Make(options);
+    for (int i = 0; i < 20; ++i) {
+      const Sample sample = task->Generate(task->min_length() + i, random);
+      CheckSample(*task, task->min_length() + i, sample);
+      ASSERT_EQ(sample.tokens.back(), task->vocabulary() - 1);
+      ASSERT_EQ(std::count(sample.tokens.begin(), sample.tokens.end(), task->vocabulary() - 1), 1);
+    }
   }
 }
 

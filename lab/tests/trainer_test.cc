@@ -55,6 +55,10 @@ TEST_F(TrainerTest, ResumesBitForBit) {
     SCOPED_TRACE(NameOf(kind));
     RunConfig run = SmallRun(kind);
     if (kind == AttentionKind::kSoftmax) run.training.optimizer = Optimizer::kMuon;
+    if (kind == AttentionKind::kAsentmax) {
+      run.training.precision = Precision::kBFloat16True;
+      run.model.zero_token = 0;
+    }
     const std::string name = NameOf(kind);
     std::vector<double> whole, parts;
     TrainingOptions options = Options(name + "-whole");
