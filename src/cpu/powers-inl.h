@@ -39,74 +39,71 @@ inline int WholeExponent(double exponent) {
   return whole ? static_cast<int>(nearest) : 0;
 }
 
-// x^exponent for float lanes of x in [0, 1] (exponent > 0) or [1, ∞) (exponent < 0), to about
-// 2e-7·|exponent|: for bounds, which allow for it, and for weights of dense rows, which are no
-// better in float. Polynomials interpolate log2(1 + f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in
-// Chebyshev's points. 0 where x is below the smallest normal number or the result would be.
-HWY_INLINE hn::Vec<FloatTag> RoughPower(FloatTag d, hn::Vec<FloatTag> x, float exponent) {
-  const hn::RebindToSigned<FloatTag> di;
-  const auto set = [d](float c) HWY_ATTR { return hn::Set(d, c); };
-  // x = 2^e·(1 + f) with 1 + f in [√½, √2).
-  const auto bits = hn::BitCast(di, x);
-  const auto e = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3F3504F3)));
-  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<23>(e))), set(1.0f));
-  auto q = hn::MulAdd(f, set(-0.142759734f), set(0.232652579f));
-  q = hn::MulAdd(f, q, set(-0.249271822f));
-  q = hn::MulAdd(f, q, set(0.287288882f));
-  q = hn::MulAdd(f, q, set(-0.360225182f));
-  q = hn::MulAdd(f, q, set(0.480916708f));
-  q = hn::MulAdd(f, q, set(-0.721352931f));
-  q = hn::MulAdd(f, q, set(1.44269499f));
-  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
-  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-127.0f));
-  const auto whole = hn::Round(y);
-  const auto r = hn::Sub(y, whole);
-  auto w = hn::MulAdd(r, set(0.00133908634f), set(0.00967603192f));
-  w = hn::MulAdd(r, w, set(0.0555035711f));
-  w = hn::MulAdd(r, w, set(0.240221075f));
-  w = hn::MulAdd(r, w, set(0.693147188f));
-  w = hn::MulAdd(r, w, set(1.0f));
-  const auto scale =
-      hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 127))));
-  return hn::IfThenElseZero(hn::Ge(x, set(1.1754944e-38f)), hn::Mul(w, scale));
+// The numbers of RoughPower() for a type. Polynomials, highest power first, interpolate log2(1 +
+// f)/f on [√½ − 1, √2 − 1] and 2^r on [−½, ½] in Chebyshev's points.
+template <typename T>
+struct RoughPowerTerms;
+template <>
+struct RoughPowerTerms<float> {
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kBias = 127;
+  static constexpr int32_t kRootOfHalf = 0x3F3504F3;  // The bits of √½.
+  static constexpr float kSmallest = 1.1754944e-38f;  // Normal number.
+  static constexpr float kLog[] = {-0.142759734f, 0.232652579f, -0.249271822f, 0.287288882f,
+                                   -0.360225182f, 0.480916708f, -0.721352931f, 1.44269499f};
+  static constexpr float kPower[] = {0.00133908634f, 0.00967603192f, 0.0555035711f,
+                                     0.240221075f,   0.693147188f,   1.0f};
+};
+template <>
+struct RoughPowerTerms<double> {
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kBias = 1023;
+  static constexpr int64_t kRootOfHalf = 0x3FE6A09E667F3BCD;
+  static constexpr double kSmallest = 2.2250738585072014e-308;
+  static constexpr double kLog[] = {
+      -0.0680628759039059609, 0.131137437536866836, -0.134789287383660427, 0.13062890256021096,
+      -0.14252340755410016,   0.160182261302960264, -0.180432685210201169, 0.20610869528306625,
+      -0.240446626777273036,  0.28853876232996746,  -0.360673789771006957, 0.480898349072796079,
+      -0.721347520343086323,  1.44269504088620331};
+  static constexpr double kPower[] = {
+      1.3255224878668817e-6,  0.0000153100794022492974, 0.000154034558524538394,
+      0.00133334505680006457, 0.00961812915940255819,   0.0555041094120593299,
+      0.240226506958129882,   0.693147180545933455,     1.0};
+};
+
+// The polynomial with these coefficients, highest power first.
+template <class D, typename T, size_t kCount, class V = hn::Vec<D>>
+HWY_INLINE V Polynomial(D d, V x, const T (&coefficient)[kCount]) {
+  V sum = hn::Set(d, coefficient[0]);
+  HWY_UNROLL(16)  // At least kCount, which the compiler does not take here.
+  for (size_t i = 1; i < kCount; ++i) sum = hn::MulAdd(x, sum, hn::Set(d, coefficient[i]));
+  return sum;
 }
 
-// The same in double, to about 2e-12·|exponent|: for scores in float, whose own rounding moves p by
-// far more. A third of the cost of a logarithm and an exponential to the last digit.
-HWY_INLINE hn::Vec<DoubleTag> RoughPower(DoubleTag d, hn::Vec<DoubleTag> x, double exponent) {
-  const hn::RebindToSigned<DoubleTag> di;
-  const auto set = [d](double c) HWY_ATTR { return hn::Set(d, c); };
+// x^exponent for x in [0, 1] (exponent > 0) or [1, ∞) (exponent < 0). 0 where x is below the
+// smallest normal number or the result would be.
+// In float to about 2e-7·|exponent|: for bounds, which allow for it, and for weights of dense rows,
+// which are no better in float. In double to about 2e-12·|exponent|: for scores in float, whose own
+// rounding moves p by far more; a third of the cost of a logarithm and an exponential to the last
+// digit.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V RoughPower(D d, V x, hn::TFromD<D> exponent) {
+  using T = hn::TFromD<D>;
+  using Terms = RoughPowerTerms<T>;
+  const hn::RebindToSigned<D> di;
+  // x = 2^e·(1 + f) with 1 + f in [√½, √2).
   const auto bits = hn::BitCast(di, x);
-  const auto e = hn::ShiftRight<52>(hn::Sub(bits, hn::Set(di, 0x3FE6A09E667F3BCD)));
-  const auto f = hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<52>(e))), set(1.0));
-  auto q = hn::MulAdd(f, set(-0.0680628759039059609), set(0.131137437536866836));
-  q = hn::MulAdd(f, q, set(-0.134789287383660427));
-  q = hn::MulAdd(f, q, set(0.13062890256021096));
-  q = hn::MulAdd(f, q, set(-0.14252340755410016));
-  q = hn::MulAdd(f, q, set(0.160182261302960264));
-  q = hn::MulAdd(f, q, set(-0.180432685210201169));
-  q = hn::MulAdd(f, q, set(0.20610869528306625));
-  q = hn::MulAdd(f, q, set(-0.240446626777273036));
-  q = hn::MulAdd(f, q, set(0.28853876232996746));
-  q = hn::MulAdd(f, q, set(-0.360673789771006957));
-  q = hn::MulAdd(f, q, set(0.480898349072796079));
-  q = hn::MulAdd(f, q, set(-0.721347520343086323));
-  q = hn::MulAdd(f, q, set(1.44269504088620331));
-  const auto log = hn::MulAdd(f, q, hn::ConvertTo(d, e));
-  const auto y = hn::Max(hn::Mul(log, set(exponent)), set(-1023.0));
+  const auto e = hn::ShiftRight<Terms::kMantissa>(hn::Sub(bits, hn::Set(di, Terms::kRootOfHalf)));
+  const auto f =
+      hn::Sub(hn::BitCast(d, hn::Sub(bits, hn::ShiftLeft<Terms::kMantissa>(e))), hn::Set(d, T{1}));
+  const auto log = hn::MulAdd(f, Polynomial(d, f, Terms::kLog), hn::ConvertTo(d, e));
+  const auto y =
+      hn::Max(hn::Mul(log, hn::Set(d, exponent)), hn::Set(d, -static_cast<T>(Terms::kBias)));
   const auto whole = hn::Round(y);
-  const auto r = hn::Sub(y, whole);
-  auto w = hn::MulAdd(r, set(1.3255224878668817e-6), set(0.0000153100794022492974));
-  w = hn::MulAdd(r, w, set(0.000154034558524538394));
-  w = hn::MulAdd(r, w, set(0.00133334505680006457));
-  w = hn::MulAdd(r, w, set(0.00961812915940255819));
-  w = hn::MulAdd(r, w, set(0.0555041094120593299));
-  w = hn::MulAdd(r, w, set(0.240226506958129882));
-  w = hn::MulAdd(r, w, set(0.693147180545933455));
-  w = hn::MulAdd(r, w, set(1.0));
-  const auto scale =
-      hn::BitCast(d, hn::ShiftLeft<52>(hn::Add(hn::ConvertTo(di, whole), hn::Set(di, 1023))));
-  return hn::IfThenElseZero(hn::Ge(x, set(2.2250738585072014e-308)), hn::Mul(w, scale));
+  const auto power = Polynomial(d, hn::Sub(y, whole), Terms::kPower);
+  const auto scale = hn::BitCast(d, hn::ShiftLeft<Terms::kMantissa>(hn::Add(
+                                        hn::ConvertTo(di, whole), hn::Set(di, Terms::kBias))));
+  return hn::IfThenElseZero(hn::Ge(x, hn::Set(d, Terms::kSmallest)), hn::Mul(power, scale));
 }
 
 // Above it RoughPower() would be too rough.
