@@ -65,7 +65,7 @@ def percent(values):
     low, high = 100 * min(values), 100 * max(values)
     spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
     # 100 means every one.
-    return (f"{mean:.3f}" if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
+    return (f"{mean:.3f}".rstrip("0") if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
 
 
 def at(result, multiple):
