@@ -66,6 +66,10 @@ constexpr int64_t kGeneralDenseShare = 3;
 // And where the first keys are all there are, so that their scores have been made already.
 constexpr int64_t kShortDenseShare = 16;
 
+// When the first groups of a panel, this many, have turned out dense by far, the others are taken
+// to be, unseen: their first scores would be made a second time.
+constexpr int64_t kDenseOpenings = 2;
+
 // Where a panel starts and how far it has to go.
 template <typename T>
 Visit MakeVisit(const PanelInput<T>& input) {
@@ -260,17 +264,25 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   const int64_t opening = OpeningBlocks(input, visit);
   const BlockRange first = opening > 0 ? visit.Stretch(0, opening - 1) : BlockRange{};
   const bool short_rows = opening == visit.count();
+  double lambda = -std::numeric_limits<double>::infinity();
+  bool dense_by_far = !short_rows;
   for (int64_t g = 0; g < group_count; ++g) {
     GroupSearch<T>& group = groups[g];
     PrepareGroup(input, g, memory, &group);
+    if (dense_by_far && g >= kDenseOpenings) {
+      group.dense = true;
+      continue;
+    }
     RoundGroup(input, g, unit, memory, &group);
     if (opening > 0) {
-      OpenGroup<kKind>(input, first, DenseShare(input.curve, short_rows), &group, memory);
+      const double kept =
+          OpenGroup<kKind>(input, first, DenseShare(input.curve, short_rows), &group, memory);
+      dense_by_far = dense_by_far && kept > 2.0;
     }
     if (!short_rows) continue;
     // These scores are all there are.
     if (group.dense) {
-      FinishDense<kKind>(input, group, group.rows, first, want_support, memory);
+      FinishDense<kKind>(input, group, group.rows, first, want_support, &lambda, memory);
     } else {
       FinishLists<kKind>(input, group, want_support, memory);
     }
@@ -298,7 +310,7 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   }
   for (int64_t g = 0; g < group_count;) {
     if (groups[g].dense) {
-      g += DenseGroups<kKind>(input, groups + g, group_count - g, want_support, memory);
+      g += DenseGroups<kKind>(input, groups + g, group_count - g, want_support, &lambda, memory);
     } else {
       FinishLists<kKind>(input, groups[g++], want_support, memory);
     }
@@ -312,12 +324,14 @@ void DensePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T>* m
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
   GroupSearch<T> groups[kGroupsPerPanel];
+  double lambda = -std::numeric_limits<double>::infinity();
   for (int64_t g = 0; g < group_count; ++g) {
     PrepareGroup(input, g, memory, &groups[g]);
     groups[g].dense = true;
   }
   for (int64_t g = 0; g < group_count;) {
-    g += DenseGroups<CurveKind::kGeneral>(input, groups + g, group_count - g, want_support, memory);
+    g += DenseGroups<CurveKind::kGeneral>(input, groups + g, group_count - g, want_support, &lambda,
+                                          memory);
   }
 }
 

@@ -1,8 +1,9 @@
 // The dense path: rows of which so many keys are positive that lists cost more than products.
 //
-// A few groups of rows keep all their scores (a megabyte, or one group's: in the second-level
-// cache), solve each row's threshold on them, write the probabilities over the scores, and multiply
-// them with the values through the register tile. Keys and values are read once for all of them.
+// A few groups of rows keep all their scores (as many as the second-level cache takes, or one
+// group's), solve each row's threshold on them, write the probabilities over the scores, and
+// multiply them with the values through the register tile. Keys and values are read once for all of
+// them.
 
 #if defined(FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
@@ -18,6 +19,7 @@
 #include <limits>
 
 #include "cpu/attention_panel.h"
+#include "cpu/cache_size.h"
 #include "cpu/finish-inl.h"
 #include "cpu/opening-inl.h"
 #include "cpu/scores-inl.h"
@@ -34,9 +36,10 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // Keys whose values stay in the first-level cache while the tiles pass over them.
 constexpr int64_t kDenseValueStep = 128;
-// Groups that go together share keys and values, which are read from the second- or third-level
-// cache; as many as have scores of this size, half of a second-level cache, but at least one.
-constexpr int64_t kDenseScoreBytes = int64_t{1} << 20;
+// Groups that go together share keys and values, which long rows read from the third-level cache;
+// as many as have scores of this size, but at least one. Measured: from 7/8 of the second-level
+// cache on nothing is lost at n = 8,192 if it is exceeded, and longer rows gain.
+inline int64_t DenseScoreBytes() { return SecondLevelCacheBytes() / 4 * 5; }
 
 // Whether the row has a threshold; if so its maximum.
 template <typename T>
@@ -180,10 +183,12 @@ void MultiplyCarefully(const T* probability, int64_t keys, const PackedHead<T>& 
 }
 
 // Thresholds and outputs of `rows` rows from the first of `group` on, whose scores of the keys of
-// `range` lie in memory->scores. Their lists, where they have begun, give lower bounds.
+// `range` lie in memory->scores. Their lists, where they have begun, give lower bounds. *lambda is
+// λ = max + c of the dense row before these, −∞ if there is none; then of the last of these.
 template <CurveKind kKind, typename T>
 void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_t rows,
-                 const BlockRange& range, bool want_support, PanelMemory<T>* memory) {
+                 const BlockRange& range, bool want_support, double* lambda,
+                 PanelMemory<T>* memory) {
   const auto groups = static_cast<size_t>((rows + kTileRows - 1) / kTileRows);
   const auto padded = static_cast<int64_t>(groups) * kTileRows;
   constexpr auto kWidth = static_cast<int64_t>(TileWidth<T>());
@@ -203,8 +208,6 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
   double sum_u[kGroupsPerPanel * kTileRows] = {};
   const size_t room = n + 2 * hn::MaxLanes(hn::ScalableTag<T>());
   if (memory->candidates.size() < room) memory->candidates.resize(room);
-  // λ = max + c of the row before: rows of many weights have nearly the same.
-  double lambda = -std::numeric_limits<double>::infinity();
   for (int64_t r = 0; r < rows; ++r) {
     T* row = scores + static_cast<size_t>(r) * stride;
     T* weights = keep_means ? memory->weights.data() + static_cast<size_t>(r) * stride : nullptr;
@@ -224,8 +227,9 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
     lower -= 1e-6 * (1.0 + std::abs(lower)) + 1e-15 * std::abs(top);
     lower = lower > 0.0 ? lower : 0.0;
     const Solution solution =
-        SolveMany<kKind>(row, n, curve, top, lower, lambda - top, memory->candidates.data());
-    if (curve.m <= 1.0) lambda = top + solution.level.shift / curve.m;
+        SolveMany<kKind>(row, n, curve, top, lower, *lambda - top, memory->candidates.data());
+    // The guess for the next row: rows of many weights have nearly the same.
+    if (curve.m <= 1.0) *lambda = top + solution.level.shift / curve.m;
     memory->threshold[static_cast<size_t>(out_row)] = solution.threshold;
     const int64_t count = DenseProbabilities<kKind>(solution, top, n, row, weights, &sum_u[r]);
     memory->mean_entries += count;
@@ -267,7 +271,7 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
 // Whole groups from scratch: those of groups[0, count) that go together. Returns how many.
 template <CurveKind kKind, typename T>
 int64_t DenseGroups(const PanelInput<T>& input, const GroupSearch<T>* groups, int64_t count,
-                    bool want_support, PanelMemory<T>* memory) {
+                    bool want_support, double* lambda, PanelMemory<T>* memory) {
   const int64_t first_row = groups[0].first_row;
   const auto range_of = [&](int64_t rows) {
     return VisibleBlocks<T>(input, first_row, first_row + rows - 1);
@@ -278,12 +282,14 @@ int64_t DenseGroups(const PanelInput<T>& input, const GroupSearch<T>* groups, in
     const int64_t more = rows + groups[taken].rows;
     const BlockRange range = range_of(more);
     const int64_t keys = (range.end - range.first) * static_cast<int64_t>(TileWidth<T>());
-    if ((taken + 1) * kTileRows * keys * static_cast<int64_t>(sizeof(T)) > kDenseScoreBytes) break;
+    if ((taken + 1) * kTileRows * keys * static_cast<int64_t>(sizeof(T)) > DenseScoreBytes()) {
+      break;
+    }
     rows = more;
   }
   const BlockRange range = range_of(rows);
   ScoreBlocks(input, first_row, rows, range, memory);
-  FinishDense<kKind>(input, groups[0], rows, range, want_support, memory);
+  FinishDense<kKind>(input, groups[0], rows, range, want_support, lambda, memory);
   return taken;
 }
 

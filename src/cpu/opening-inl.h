@@ -202,10 +202,10 @@ int64_t VisibleKeys(const PanelInput<T>& input, int64_t row, const BlockRange& r
 
 // Starts the lists of a group of rows from the blocks of `range`. Sets group->dense instead, and
 // leaves the scores in memory->scores, if too many keys are above the rows' first bounds: more than
-// one in `dense_share`.
+// one in `dense_share`. Returns how many times as many they are.
 template <CurveKind kKind, typename T>
-void OpenGroup(const PanelInput<T>& input, const BlockRange& range, int64_t dense_share,
-               GroupSearch<T>* group, PanelMemory<T>* memory) {
+double OpenGroup(const PanelInput<T>& input, const BlockRange& range, int64_t dense_share,
+                 GroupSearch<T>* group, PanelMemory<T>* memory) {
   constexpr size_t kWidth = TileWidth<T>();
   const hn::ScalableTag<T> d;
   const size_t lanes = hn::Lanes(d);
@@ -239,14 +239,17 @@ void OpenGroup(const PanelInput<T>& input, const BlockRange& range, int64_t dens
     above += CountAbove(scores + static_cast<size_t>(r) * stride, n, list->bound);
     visible += VisibleKeys(input, group->first_row + r, range);
   }
-  group->dense = static_cast<int64_t>(above) * dense_share > visible;
-  if (group->dense) return;
+  const double kept = static_cast<double>(static_cast<int64_t>(above) * dense_share) /
+                      static_cast<double>(std::max<int64_t>(visible, 1));
+  group->dense = kept > 1.0;
+  if (group->dense) return kept;
   for (int64_t r = 0; r < group->rows; ++r) {
     CandidateList<T>* list = &group->lists[r];
     CompressOpening(scores + static_cast<size_t>(r) * stride, n,
                     range.first * static_cast<int64_t>(kWidth), list);
     TakeScores<kKind>(input.curve, list);
   }
+  return kept;
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
