@@ -3,9 +3,9 @@
 Usage: plot_cpu.py FILE FOLDER (needs matplotlib).
 """
 
+import argparse
 import json
 import pathlib
-import sys
 
 import matplotlib
 
@@ -56,8 +56,12 @@ def by_support(rows, axes):
 
 
 def main():
-    path, folder = sys.argv[1], pathlib.Path(sys.argv[2])
-    with open(path, encoding="utf-8") as file:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", help="JSON file that ./dev bench cpu --output wrote")
+    parser.add_argument("folder", type=pathlib.Path, help="where the plots go")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    with open(arguments.results, encoding="utf-8") as file:
         rows = json.load(file)["results"]
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in (("length", by_length), ("support", by_support)):

@@ -18,8 +18,6 @@
 namespace flash_entmax {
 namespace {
 
-std::string Number(int64_t value) { return std::to_string(value); }
-
 bool IsInteger(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
 int64_t ReadInteger(const TensorView& tensor, int64_t index) {
@@ -41,7 +39,7 @@ Status ReadPerHead(const std::string& name, const TensorView& tensor, int64_t he
   for (int64_t head = 0; head < heads; ++head) {
     const double value = ReadElement(tensor, head * tensor.strides[0]);
     if (!(std::isfinite(value) && (positive ? value > 0.0 : value >= 0.0))) {
-      return BadArgument(name, std::to_string(value) + " for head " + Number(head),
+      return BadArgument(name, Number(value) + " for head " + Number(head),
                          positive ? "finite and > 0" : "finite and ≥ 0");
     }
     (*values)[static_cast<size_t>(head)] = value;

@@ -1,7 +1,6 @@
 #include "attention_checks.h"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <string>
 
@@ -11,8 +10,6 @@ namespace {
 // Positions are kept in 32 bits in lists of keys.
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 4096;
 
-std::string Number(int64_t value) { return std::to_string(value); }
-
 Status CheckFourDimensions(const std::string& name, const TensorView& tensor,
                            const std::string& shape) {
   if (!tensor && tensor.rank == 0) return BadArgument(name, "nothing", shape);
@@ -21,13 +18,6 @@ Status CheckFourDimensions(const std::string& name, const TensorView& tensor,
     return BadArgument(name, NameOf(tensor.dtype), "float64, float32, bfloat16 or float16");
   }
   return CheckView(name, tensor);
-}
-
-// std::to_string would show 1e-46 as 0.000000.
-std::string Scientific(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%g", value);
-  return text;
 }
 
 }  // namespace
@@ -81,22 +71,22 @@ Status CheckAttentionShapes(const AttentionProblem& problem) {
 
 Status CheckAttentionNumbers(const AttentionProblem& problem) {
   if (!problem.alpha_per_head && !(std::isfinite(problem.alpha) && problem.alpha > 0.0)) {
-    return BadArgument("alpha", std::to_string(problem.alpha), "finite and > 0");
+    return BadArgument("alpha", Number(problem.alpha), "finite and > 0");
   }
   if (problem.scale && !std::isfinite(*problem.scale)) {
-    return BadArgument("scale", std::to_string(*problem.scale), "finite");
+    return BadArgument("scale", Number(*problem.scale), "finite");
   }
   if (!(std::isfinite(problem.softcap) && problem.softcap >= 0.0)) {
-    return BadArgument("softcap", std::to_string(problem.softcap), "finite and ≥ 0");
+    return BadArgument("softcap", Number(problem.softcap), "finite and ≥ 0");
   }
   if (problem.query.dtype != DType::kFloat64) {  // Computed in float32.
     constexpr double kLargest = static_cast<double>(std::numeric_limits<float>::max());
     constexpr double kSmallest = static_cast<double>(std::numeric_limits<float>::min());
     if (problem.scale && !(std::abs(*problem.scale) <= kLargest)) {
-      return BadArgument("scale", Scientific(*problem.scale), "at most 3.4e38, or use float64");
+      return BadArgument("scale", Number(*problem.scale), "at most 3.4e38, or use float64");
     }
     if (problem.softcap != 0.0 && !(problem.softcap >= kSmallest && problem.softcap <= kLargest)) {
-      return BadArgument("softcap", Scientific(problem.softcap),
+      return BadArgument("softcap", Number(problem.softcap),
                          "0 or in [1.2e-38, 3.4e38], or use float64");
     }
   }

@@ -88,7 +88,7 @@ Status CheckLossArguments(const TensorView& scores, const TensorView& target,
     return BadArgument("kind", "kBudget", "kEntmax or kNormmax");
   }
   if (!(std::isfinite(options.alpha) && options.alpha > (entmax ? 0.0 : 1.0))) {
-    return BadArgument("alpha", std::to_string(options.alpha),
+    return BadArgument("alpha", Number(options.alpha),
                        entmax ? "finite and > 0" : "finite and > 1 for normmax");
   }
   if (options.num_threads < 0) {

@@ -94,10 +94,10 @@ Status CheckFloating(const std::string& name, const TensorView& tensor) {
 
 Status CheckAlpha(MappingKind kind, double alpha) {
   if (kind == MappingKind::kEntmax && !(std::isfinite(alpha) && alpha > 0.0)) {
-    return BadArgument("alpha", std::to_string(alpha), "finite and > 0");
+    return BadArgument("alpha", Number(alpha), "finite and > 0");
   }
   if (kind == MappingKind::kNormmax && !(std::isfinite(alpha) && alpha > 1.0)) {
-    return BadArgument("alpha", std::to_string(alpha), "finite and > 1 for normmax");
+    return BadArgument("alpha", Number(alpha), "finite and > 1 for normmax");
   }
   return Status::Ok();
 }
@@ -144,7 +144,7 @@ Expected<ResolvedOptions> Resolve(const TensorView& tensor, const MappingOptions
     case MappingKind::kBudget: {
       const double most = static_cast<double>(tensor.shape[*dim]);
       if (!(options.budget > 0.0 && options.budget <= most) && tensor.num_elements() > 0) {
-        return BadArgument("budget", std::to_string(options.budget),
+        return BadArgument("budget", Number(options.budget),
                            "> 0 and at most the row length, " + std::to_string(tensor.shape[*dim]));
       }
       break;

@@ -95,7 +95,7 @@ Expected<Resolved> Resolve(const QueryScaling& scaling, const std::string& name,
       return status;
     }
     if (!std::isfinite(scaling.delta)) {
-      return BadArgument("delta", std::to_string(scaling.delta), "finite");
+      return BadArgument("delta", Number(scaling.delta), "finite");
     }
   } else if (scaling.gamma) {
     return BadArgument("gamma", "a tensor", "left out with kSsmax");

@@ -1,6 +1,7 @@
 #include "views.h"
 
 #include <algorithm>
+#include <charconv>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -32,6 +33,12 @@ bool HasNoElements(const TensorView& tensor) {
 }
 
 }  // namespace
+
+std::string Number(double value) {
+  char text[32];
+  const std::to_chars_result end = std::to_chars(text, text + sizeof(text), value);
+  return std::string(text, end.ptr);
+}
 
 Status BadArgument(const std::string& name, const std::string& got, const std::string& allowed) {
   return Status::InvalidArgument(name + ": got " + got + "; must be " + allowed);

@@ -4,6 +4,7 @@
 #define FLASH_ENTMAX_SRC_VIEWS_H_
 
 #include <array>
+#include <concepts>
 #include <cstdint>
 #include <string>
 
@@ -19,6 +20,13 @@ struct Shape {
 };
 
 inline Shape ShapeOf(const TensorView& tensor) { return {tensor.rank, tensor.shape}; }
+
+// A number for messages: as many digits as tell it from its neighbours.
+std::string Number(double value);
+template <std::integral Integer>
+std::string Number(Integer value) {
+  return std::to_string(value);
+}
 
 // "name: got ...; must be ...", the form of every message.
 Status BadArgument(const std::string& name, const std::string& got, const std::string& allowed);

@@ -85,6 +85,8 @@ def main() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(library.glob("*.py"))[:60])
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    if not 1 <= arguments.length < len(data) - 1:
+        parser.error(f"--length: got {arguments.length}; must be in [1, {len(data) - 2}]")
     model = GPT(96, 4, 3, arguments.length, arguments.attention)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     print(f"{len(text):,} bytes of text, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,5 +1,8 @@
 """Exact α-entmax attention: like softmax attention, but most weights are exactly zero."""
 
+import importlib
+from types import ModuleType
+
 from . import _vmap, nn, schedules
 from ._attention import (
     AttentionSupport,
@@ -20,6 +23,14 @@ from ._mapping import (
 )
 
 _vmap.register()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``flash_entmax.hf``, which needs transformers, is imported when it is first used."""
+    if name != "hf":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(".hf", __name__)
+
 
 __version__ = "0.1.0"
 

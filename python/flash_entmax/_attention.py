@@ -44,7 +44,9 @@ def _per_head(name: str, value: Tensor, query: Tensor, heads: int) -> Tensor:
     value = check_floating(name, value)
     check_device(name, value, "query", query)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != heads):
-        raise ValueError(f"{name}: got shape {list(value.shape)}; must be [] or [{heads}]")
+        # Slopes may be those of the first heads only.
+        fewer = " or fewer" if name == "alibi_slopes" else ""
+        raise ValueError(f"{name}: got shape {list(value.shape)}; must be [] or [{heads}]{fewer}")
     value = value.to(statistics_type(query.dtype))
     return value.expand(heads) if value.dim() == 0 else value
 
@@ -160,6 +162,11 @@ def _arguments(
         rows = _per_head("alpha", alpha, query, heads)
         number = 1.5  # Not used.
     else:
+        if isinstance(alpha, (list, tuple)):
+            raise TypeError(
+                f"alpha: got {type(alpha).__name__}; must be a number or a torch.Tensor with one a "
+                "head"
+            )
         number = alpha if type(alpha) is float else check_number("alpha", alpha)
     if scale is not None:
         scale = check_number("scale", scale)
@@ -261,13 +268,10 @@ def attention(
 
     For query row i and the keys j that it may see,
 
-    .. math::
-        s_{ij} &= \mathrm{cap}(c_i \cdot \mathrm{scale} \cdot q_i\cdot k_j)
-                  - m\,|i' - j| + b_{ij} \\
-        p_i &= \alpha\text{-entmax}_j(s_{ij}), \qquad o_i = \sum_j p_{ij} v_j
+        sᵢⱼ = cap(cᵢ · scale · qᵢ·kⱼ) − m·|i' − j| + bᵢⱼ
+        pᵢ = α-entmax(sᵢ),  oᵢ = Σⱼ pᵢⱼ·vⱼ
 
-    with :math:`c` = ``query_scale``, :math:`m` the head's ALiBi slope, :math:`b` = ``bias``,
-    cap(x) = softcap·tanh(x/softcap), and i' = i + key_length − query_length the position of the
+    with c = ``query_scale``, m the head's ALiBi slope, b = ``bias``, cap(x) = softcap·tanh(x/softcap), and i' = i + key_length − query_length the position of the
     query among the keys. The result is that of the dense computation: keys are left out only where
     they are proved to have weight zero.
 
@@ -279,7 +283,7 @@ def attention(
         float16 or float64 (CPU). heads is a multiple of kv_heads (grouped-query attention).
     alpha : float or Tensor
         > 0 on CPUs, in [1, 2] on GPUs. 1 is softmax (on GPUs computed by PyTorch's
-        ``scaled_dot_product_attention``, without ``softcap``), 2 is sparsemax. A tensor of shape
+        ``scaled_dot_product_attention``, with ``softcap`` as a dense computation), 2 is sparsemax. A tensor of shape
         [heads] or [] gives one a head, and gets a gradient; on GPUs its numbers must be in (1, 2],
         and are not checked.
     causal : bool
@@ -321,9 +325,8 @@ def attention(
 
     Notes
     -----
-    Gradients run over the support only: with :math:`u = p^{2-\alpha}`,
-    :math:`\partial L/\partial s = u\,(\partial L/\partial p - \delta)`,
-    :math:`\delta = \sum u\,\partial L/\partial p / \sum u` (Peters, Niculae & Martins 2019); the
+    Gradients run over the support only: with u = p^(2 − α),
+    ∂L/∂s = u·(∂L/∂p − δ) and δ = Σ u·∂L/∂p / Σ u (Peters, Niculae & Martins 2019); the
     one in α follows Correia, Niculae & Martins (2019). They are deterministic, with any number of
     threads. Under autocast, query, key and value are cast to its type.
     """
@@ -389,9 +392,9 @@ def attention_varlen(
     softcap: float = 0.0,
     query_scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`attention` over sequences of different lengths, packed one after the other.
+    """``attention`` over sequences of different lengths, packed one after the other.
 
-    Parameters that are not described here are those of :func:`attention`; positions count within
+    Parameters that are not described here are those of ``attention``; positions count within
     each sequence.
 
     Parameters
@@ -465,9 +468,9 @@ def support(
     query_scale: Tensor | None = None,
     layout: str = "bhnd",
 ) -> AttentionSupport:
-    """Which keys every query of :func:`attention` keeps, and with what weight.
+    """Which keys every query of ``attention`` keeps, and with what weight.
 
-    The arguments are those of :func:`attention`, without the values. Nothing of size
+    The arguments are those of ``attention``, without the values. Nothing of size
     query_length × key_length is made. No gradients.
     """
     if layout not in LAYOUTS:
@@ -497,12 +500,12 @@ def support(
 
 
 def attention_weights(query: Tensor, key: Tensor, *, dense: bool = False, **options: Any) -> Tensor:
-    """The weights of :func:`attention`, for those who want to look at them.
+    """The weights of ``attention``, for those who want to look at them.
 
     Parameters
     ----------
     query, key, **options
-        As for :func:`support`.
+        As for ``support``.
     dense : bool
         Whether to make a dense tensor.
 

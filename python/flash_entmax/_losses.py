@@ -23,7 +23,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def fenchel_young_loss(
     kind: int, scores: Tensor, target: Tensor, alpha: float, ignore_index: int, reduction: str
 ) -> Tensor:
-    """Any of the losses; see :func:`entmax_loss`."""
+    """Any of the losses; see ``entmax_loss``."""
     check_floating("scores", scores)
     check_mapping_device("scores", scores)
     if check_dense("target", target).dtype != torch.int64:
@@ -55,8 +55,7 @@ def entmax_loss(
 ) -> Tensor:
     r"""The Fenchel–Young loss of α-entmax: a sparse relative of cross-entropy.
 
-    .. math:: L(s; y) = (p - e_y)\cdot s + \frac{\sum_i (p_i - p_i^\alpha)}{\alpha(\alpha-1)},
-        \qquad p = \alpha\text{-entmax}(s)
+    L(s; y) = (p − e_y)·s + Σᵢ (pᵢ − pᵢ^α) / (α·(α − 1)) with p = α-entmax(s)
 
     It is ≥ 0, and exactly 0 where the mapping puts all weight on the target, which it does as soon
     as the target's score leads by 1/(α−1). α = 1 is cross-entropy.
@@ -78,7 +77,7 @@ def entmax_loss(
     Returns
     -------
     Tensor
-        The loss, of the type of ``scores``. Its gradient is :math:`p - e_y`; there is no second
+        The loss, of the type of ``scores``. Its gradient is p − e_y; there is no second
         derivative (NotImplementedError).
     """
     return fenchel_young_loss(MAPPING_ENTMAX, scores, target, alpha, ignore_index, reduction)
@@ -87,14 +86,14 @@ def entmax_loss(
 def entmax15_loss(
     scores: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """:func:`entmax_loss` with α = 1.5."""
+    """``entmax_loss`` with α = 1.5."""
     return entmax_loss(scores, target, 1.5, ignore_index=ignore_index, reduction=reduction)
 
 
 def sparsemax_loss(
     scores: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """:func:`entmax_loss` with α = 2."""
+    """``entmax_loss`` with α = 2."""
     return entmax_loss(scores, target, 2.0, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -106,7 +105,7 @@ def normmax_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""The Fenchel–Young loss of α-normmax, α > 1: as :func:`entmax_loss` with
-    :math:`H(p) = 1 - \lVert p \rVert_\alpha`.
+    r"""The Fenchel–Young loss of α-normmax, α > 1: as ``entmax_loss`` with
+    H(p) = 1 − ‖p‖_α.
     """
     return fenchel_young_loss(MAPPING_NORMMAX, scores, target, alpha, ignore_index, reduction)

@@ -22,7 +22,7 @@ from ._mapping_tensors import statistics_type
 
 
 class RowStatistics(NamedTuple):
-    """What :func:`entmax` can report besides probabilities; shapes as the scores, 1 at ``dim``."""
+    """What ``entmax`` can report besides probabilities; shapes as the scores, 1 at ``dim``."""
 
     probabilities: Tensor
     threshold: Tensor
@@ -78,7 +78,7 @@ def entmax(
 ) -> Tensor:
     r"""α-entmax: like softmax, but small scores get a probability of exactly zero.
 
-    .. math:: p_i = [(\alpha-1) s_i - \tau]_+^{1/(\alpha-1)}, \qquad \sum_i p_i = 1
+    pᵢ = max(0, (α − 1)·sᵢ − τ)^(1/(α − 1)), with τ such that Σᵢ pᵢ = 1
 
     Parameters
     ----------
@@ -107,8 +107,7 @@ def entmax(
     Notes
     -----
     The threshold is solved in double precision: the result does not depend on a number of
-    iterations. The gradient is :math:`u \odot (g - \frac{u\cdot g}{\sum u})` with
-    :math:`u = p^{2-\alpha}` on the support (Peters, Niculae & Martins 2019, Proposition 2); the
+    iterations. The gradient is u ⊙ (g − u·g / Σu) with u = p^(2 − α) on the support (Peters, Niculae & Martins 2019, Proposition 2); the
     one in α is that of Correia, Niculae & Martins (2019), continuous through α = 1.
     """
     scores, rows, mask, number = _prepare(scores, alpha, "alpha", dim, mask)
@@ -122,7 +121,7 @@ def entmax_with_statistics(
     *,
     mask: Tensor | None = None,
 ) -> RowStatistics:
-    """:func:`entmax`, with the threshold and the size of the support of every row."""
+    """``entmax``, with the threshold and the size of the support of every row."""
     scores, rows, mask, number = _prepare(scores, alpha, "alpha", dim, mask)
     return RowStatistics(
         *_library.call(
@@ -140,13 +139,13 @@ def entmax_with_statistics(
 def sparsemax(scores: Tensor, dim: int = -1, *, mask: Tensor | None = None) -> Tensor:
     """α-entmax with α = 2: the Euclidean projection onto the simplex (Martins & Astudillo 2016).
 
-    Parameters, result and errors are those of :func:`entmax`.
+    Parameters, result and errors are those of ``entmax``.
     """
     return entmax(scores, 2.0, dim, mask=mask)
 
 
 def entmax15(scores: Tensor, dim: int = -1, *, mask: Tensor | None = None) -> Tensor:
-    """α-entmax with α = 1.5 (Peters, Niculae & Martins 2019); see :func:`entmax`."""
+    """α-entmax with α = 1.5 (Peters, Niculae & Martins 2019); see ``entmax``."""
     return entmax(scores, 1.5, dim, mask=mask)
 
 
@@ -157,10 +156,10 @@ def normmax(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""α-normmax: :math:`\arg\max_p p\cdot s - \lVert p \rVert_\alpha` over the simplex.
+    r"""α-normmax: the p that maximises p·s − ‖p‖_α over the simplex.
 
     Blondel, Martins & Niculae (2020). ``alpha`` is > 1; it gets no gradient. Everything else is as
-    in :func:`entmax`.
+    in ``entmax``.
     """
     scores, rows, mask, number = _prepare(scores, alpha, "alpha", dim, mask)
     if rows is not None and rows.requires_grad:
@@ -173,10 +172,10 @@ def normmax(
 def budget(
     scores: Tensor, budget: float = 1.0, dim: int = -1, *, mask: Tensor | None = None
 ) -> Tensor:
-    r"""A soft choice of ``budget`` items: :math:`\arg\max_p p\cdot s - \frac12\lVert p\rVert^2`.
+    r"""A soft choice of ``budget`` items: the p that maximises p·s − ½‖p‖².
 
-    Subject to :math:`0 \le p \le 1` and :math:`\sum p =` ``budget``. With a budget of 1 it is
-    :func:`sparsemax`. Everything else is as in :func:`entmax`.
+    Subject to 0 ≤ p ≤ 1 and Σp = ``budget``. With a budget of 1 it is
+    ``sparsemax``. Everything else is as in ``entmax``.
 
     Parameters
     ----------

@@ -408,18 +408,62 @@ def test_what_does_not_exist_is_an_error(arguments: dict[str, Any], message: str
 
 
 def test_bad_alphas() -> None:
-    model = make("llama")
+    model = hf.convert(make("llama"))
     for alpha, error in [
         (0.0, ValueError),
         ("1", TypeError),
         (True, TypeError),
         ([1.0, None], TypeError),
+        # Two layers of four heads.
+        ([], ValueError),
+        ([1.5], ValueError),
+        ([1.5] * 3, ValueError),
+        ([1.5, [1.5] * 3], ValueError),
+        ([[1.5] * 5, 2.0], ValueError),
     ]:
         with pytest.raises(error, match="alpha: got"):
             hf.set_alpha(model, alpha)
-    hf.convert(model, [1.5])
+        assert hf.get_alpha(model) == 1.5
+    # From elsewhere, a configuration may say anything.
+    model.config.flash_entmax_alpha = [1.5]
     with pytest.raises(ValueError, match="flash_entmax_alpha: got 1 values"):
         model(torch.ones(1, 3).long())
+
+
+def test_only_models_that_use_it_have_an_alpha() -> None:
+    plain = make("llama")
+    plain.set_attn_implementation("sdpa")
+    for call in (lambda m: hf.set_alpha(m, 2.0), hf.get_alpha):
+        with pytest.raises(ValueError, match="model: got one with attention 'sdpa'"):
+            call(plain)
+        with pytest.raises(TypeError, match="model: got Linear"):
+            call(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model: got Linear"):
+        hf.convert(nn.Linear(2, 2))  # type: ignore[arg-type]
+    # A wrapper is looked through.
+    hf.set_alpha(nn.Sequential(hf.convert(plain)), 2.0)
+    assert hf.get_alpha(plain) == 2.0
+
+
+def test_a_learnt_alpha_is_not_set() -> None:
+    model = hf.convert(make("llama"), 1.5, learnable=True)
+    with pytest.raises(ValueError, match="alpha: is learnt"):
+        hf.set_alpha(model, 2.0)
+    ids, mask = batch("left")
+    softmax = make("llama")
+    softmax.set_attn_implementation("sdpa")
+    softmax.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "alpha" not in k}, strict=True
+    )
+    hf.convert(model, 1.75, learnable=True)
+    assert_close(torch.tensor(hf.get_alpha(model)), torch.full((2, 4), 1.75), 1e-6)
+    # A number again: nothing learnt is left behind.
+    hf.convert(model, 1.0)
+    assert hf.get_alpha(model) == 1.0
+    assert not any("alpha" in name for name, _ in model.named_parameters())
+    assert_close(
+        model(ids, attention_mask=mask).logits, softmax(ids, attention_mask=mask).logits, 1e-5
+    )
 
 
 def test_register_again_changes_nothing() -> None:

@@ -143,6 +143,8 @@ def test_schedules() -> None:
         (lambda: nn.EntmaxAttention(16, 4, positions="abs"), "positions: got 'abs'"),
         (lambda: nn.EntmaxAttention(16, 4, scaling="log"), "scaling: got 'log'"),
         (lambda: nn.EntmaxAttention(16, 4, window=0), "window: got 0"),
+        (lambda: nn.EntmaxAttention(16, 4, softcap=-1.0), "softcap: got -1.0"),
+        (lambda: nn.EntmaxAttention(16, 4)(torch.randn(2, 3, 8)), "must be .batch, length, 16."),
         (lambda: nn.EntmaxAttention(16, 4, alpha=1.0, learnable_alpha=True), "alpha: got 1.0"),
         (lambda: nn.EntmaxAttention(12, 3, positions="nape"), "heads: got 3"),
         (lambda: nn.EntmaxAttention(12, 4, positions="rope"), "size: got 3"),

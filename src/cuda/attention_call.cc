@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t kMaxLength = GeneralProblem::kUnlimited - 1;
 constexpr int64_t kMaxHeadSize = 256;
 
-std::string Number(int64_t value) { return std::to_string(value); }
-
 Status Unimplemented(const std::string& name, const std::string& got, const std::string& allowed) {
   return Status::Unimplemented(name + ": got " + got + "; on the GPU it must be " + allowed);
 }
@@ -60,7 +58,7 @@ Status CheckSupported(const AttentionProblem& problem) {
     return Unimplemented("query", "shape " + ShapeToString(query), "of fewer than 2^31 heads");
   }
   if (!problem.alpha_per_head && !(problem.alpha > 1.0 && problem.alpha <= 2.0)) {
-    return Unimplemented("alpha", std::to_string(problem.alpha), "in (1, 2]");
+    return Unimplemented("alpha", Number(problem.alpha), "in (1, 2]");
   }
   if (problem.key_mask) return Unimplemented("key_mask", "a tensor", "left out; see key_lengths");
   if (problem.bias) return Unimplemented("bias", "a tensor", "left out");
@@ -226,7 +224,7 @@ Expected<AttentionCall> ResolveCall(const AttentionProblem& problem,
   resolved.alpha = static_cast<float>(problem.alpha);
   // An alpha that rounds to 1 in fp32 has no inverse order.
   if (!problem.alpha_per_head && !(resolved.alpha > 1.0f)) {
-    return Unimplemented("alpha", std::to_string(problem.alpha), "at least 1.0000002");
+    return Unimplemented("alpha", Number(problem.alpha), "at least 1.0000002");
   }
   resolved.scale = static_cast<float>(
       problem.scale ? *problem.scale : 1.0 / std::sqrt(static_cast<double>(resolved.head_dim)));

@@ -58,6 +58,8 @@ TEST(Bench, RejectsBadOptions) {
   ExpectBadInput({"bench", "mapping", "--rows", "0"}, "--rows");
   ExpectBadInput({"bench", "mapping", "--dtype", "int32"}, "--dtype");
   ExpectBadInput({"bench", "mapping", "--rows", "4000000000", "--columns", "4000000000"}, "scores");
+  ExpectBadInput({"bench", "mapping", "--sigma", "nan"}, "--sigma: got nan");
+  ExpectBadInput({"bench", "mapping", "--sigma", "-1"}, "--sigma: got -1");
 }
 
 }  // namespace

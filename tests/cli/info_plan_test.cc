@@ -43,6 +43,8 @@ TEST(Plan, RejectsWhatCannotBeRun) {
   ExpectBadInput({"plan", "--dtype", "int8"}, "--dtype: got int8; must be float64");
   ExpectBadInput({"plan", "--heads", "3", "--kv-heads", "2"}, "heads");
   ExpectBadInput({"plan", "--head-size", "-4"}, "-4");
+  ExpectBadInput({"plan", "--heads", "0"}, "--heads");
+  ExpectBadInput({"plan", "--batch", "-1"}, "--batch");
   ExpectBadInput({"plan", "--softcap", "-1"}, "softcap");
   ExpectBadInput({"plan", "--window-left", "-1"}, "window_left");
   ExpectBadInput({"plan", "--key-length", "9223372036854775807"}, "63 bits");

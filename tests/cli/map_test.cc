@@ -82,10 +82,11 @@ TEST(Map, PrintsSupportAndLoss) {
       reference::FenchelYoungLoss({1.0, 0.5, 0.2}, 1, MappingKind::kEntmax, 1.5).loss;
   EXPECT_NEAR(std::stod(RunProgram({"map", "--loss", "1"}, "1 0.5 0.2").output), expected, 1e-13);
   EXPECT_NEAR(RunForJson({"map", "--loss", "1"}, "1 0.5 0.2")["rows"][0]["loss"], expected, 1e-13);
-  ExpectBadInput({"map", "--loss", "3"}, "line 1: target", "1 2 3");
-  ExpectBadInput({"map", "--loss", "-100"}, "line 1: target", "1 2 3");
+  ExpectBadInput({"map", "--loss", "3"}, "line 1: --loss: got 3; must be in [0, 2]", "1 2 3");
+  ExpectBadInput({"map", "--loss", "-1"}, "line 1: --loss: got -1; must be in [0, 2]", "1 2 3");
   ExpectBadInput({"map", "--loss", "0", "--support"}, "--support", "1 2 3");
-  ExpectBadInput({"map", "--loss", "0", "--mapping", "budget", "--budget", "1"}, "line 1", "1 2 3");
+  ExpectBadInput({"map", "--loss", "0", "--mapping", "budget", "--budget", "1"},
+                 "--loss: not for --mapping budget", "1 2 3");
 }
 
 TEST(Map, NaNStaysInItsRow) {

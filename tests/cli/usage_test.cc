@@ -46,7 +46,9 @@ TEST(Usage, UnknownFlagsAreErrors) {
     ExpectBadInput(With(words, "--no-such-flag"), "--no-such-flag");
   }
   ExpectBadInput({}, "run, map, plan, check, bench, info");
-  ExpectBadInput({"no-such-command"}, "no-such-command");
+  ExpectBadInput({"no-such-command"}, "got \"no-such-command\"; must be one of");
+  // Only the lab's build has them.
+  ExpectBadInput({"train", "recipe.json"}, "./dev lab");
   ExpectBadInput({"bench"}, "a subcommand is required: mapping, attention");
   ExpectBadInput({"bench", "other"}, "other");
   ExpectBadInput({"info", "plan"}, "plan");

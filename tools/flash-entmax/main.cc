@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <new>
 #include <string>
@@ -39,18 +40,35 @@ std::string CommandLine(int argc, char** argv) {
   return line;
 }
 
-// The innermost (sub)command that was named.
-const CLI::App& Chosen(const CLI::App& program) {
-  const std::vector<CLI::App*> named = program.get_subcommands();
-  return named.empty() ? program : Chosen(*named[0]);
-}
-
 std::string SubcommandNames(const CLI::App& command) {
   std::string names;
   for (const CLI::App* subcommand : command.get_subcommands({})) {
     names += (names.empty() ? "" : ", ") + subcommand->get_name();
   }
   return names;
+}
+
+// What to say instead of the parser's complaint about an argument it does not know.
+std::string Explain(const CLI::App& program, const std::string& complaint, int argc, char** argv) {
+  if (argc < 2) return complaint;
+  const std::string first = argv[1];
+  if (first == "train" || first == "eval") {
+    return first + ": this program was built without the lab; ./dev lab builds one that has it";
+  }
+  const std::vector<const CLI::App*> known = program.get_subcommands({});
+  const bool named = std::any_of(known.begin(), known.end(), [&](const CLI::App* subcommand) {
+    return subcommand->get_name() == first;
+  });
+  if (first[0] != '-' && !named) {
+    return "got \"" + first + "\"; must be one of " + SubcommandNames(program);
+  }
+  return complaint + " (see --help)";
+}
+
+// The innermost (sub)command that was named.
+const CLI::App& Chosen(const CLI::App& program) {
+  const std::vector<CLI::App*> named = program.get_subcommands();
+  return named.empty() ? program : Chosen(*named[0]);
 }
 
 int Main(int argc, char** argv) {
@@ -89,7 +107,7 @@ int Main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     // Help and version arrive here as well.
     if (error.get_exit_code() == 0) return program.exit(error);
-    return Complain(CommandResult::kBadInput, std::string(error.what()) + " (see --help)");
+    return Complain(CommandResult::kBadInput, Explain(program, error.what(), argc, argv));
   }
   if (!context.action) {
     return Complain(CommandResult::kBadInput,

@@ -72,6 +72,10 @@ Expected<MappingOptions> ToMappingOptions(const MapOptions& options) {
   if (options.mapping != "budget" && options.budget.has_value()) {
     return Status::InvalidArgument("--budget: only for --mapping budget");
   }
+  if (options.loss_target.has_value() && options.mapping == "budget") {
+    return Status::InvalidArgument(
+        "--loss: not for --mapping budget; only for entmax, softmax, sparsemax and normmax");
+  }
   if (options.mapping == "softmax") mapping.alpha = 1.0;
   if (options.mapping == "sparsemax") mapping.alpha = 2.0;
   if (options.mapping == "normmax") {
@@ -108,8 +112,11 @@ Expected<MappedNumbers> MapOneRow(const std::vector<double>& scores, const Mappi
     loss.alpha = mapping.alpha;
     loss.reduction = Reduction::kNone;
     loss.num_threads = mapping.num_threads;
-    // Every row has this target; a negative one is an error like any other that is out of range.
-    loss.ignore_index = *target < 0 ? *target - 1 : -1;
+    // Here every row has a target, and none of them means that there is none.
+    if (*target < 0 || *target >= size) {
+      return Status::InvalidArgument(
+          fmt::format("--loss: got {}; must be in [0, {}]", *target, size - 1));
+    }
     const Status loss_status =
         FenchelYoungLoss(TensorView::Contiguous(scores.data(), DType::kFloat64, {1, size}),
                          TensorView::Contiguous(&*target, DType::kInt64, {1}), loss,

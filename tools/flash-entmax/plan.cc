@@ -84,9 +84,13 @@ void AddPlanCommand(CLI::App& program, Context& context) {
   CLI::App* command =
       AddCommand(program, context, "plan", "Show how attention of given shapes would be run",
                  [&context, options] { return Plan(context.common, *options); });
-  command->add_option("--batch", options->batch, "Batch entries")->capture_default_str();
-  command->add_option("--heads", options->heads, "Query heads")->capture_default_str();
-  command->add_option("--kv-heads", options->kv_heads, "Key and value heads [default: --heads]");
+  const auto size = CLI::Range(int64_t{1}, int64_t{1} << 32);
+  command->add_option("--batch", options->batch, "Batch entries")
+      ->check(size)
+      ->capture_default_str();
+  command->add_option("--heads", options->heads, "Query heads")->check(size)->capture_default_str();
+  command->add_option("--kv-heads", options->kv_heads, "Key and value heads [default: --heads]")
+      ->check(size);
   command->add_option("--query-length", options->query_length,
                       "Query positions [default: --key-length]");
   command->add_option("--key-length", options->key_length, "Key positions")->capture_default_str();

@@ -100,7 +100,7 @@ def adasplash_no_block_mask(
     varlen: Tensor | None = None,
     niter: int = 10,
 ) -> Tensor:
-    """As :func:`adasplash_v1`."""
+    """As ``adasplash_v1``."""
     return _attend(q, k, v, alpha, is_causal, varlen)
 
 
@@ -123,7 +123,7 @@ def adasplash(
     varlen: Tensor | None = None,
     niter: int | None = None,
 ) -> Tensor:
-    """As :func:`adasplash_v1`, but causal unless told otherwise."""
+    """As ``adasplash_v1``, but causal unless told otherwise."""
     return _attend(q, k, v, alpha, is_causal, varlen)
 
 
@@ -157,10 +157,10 @@ def triton_entmax(
 
 
 def triton_sparsemax(x: Tensor, **kwargs: Any) -> Tensor:
-    """Sparsemax along the last dimension; the keyword arguments of :func:`triton_entmax`."""
+    """Sparsemax along the last dimension; the keyword arguments of ``triton_entmax``."""
     return triton_entmax(x, alpha=2.0, **kwargs)
 
 
 def triton_entmax15(x: Tensor, **kwargs: Any) -> Tensor:
-    """1.5-entmax along the last dimension; the keyword arguments of :func:`triton_entmax`."""
+    """1.5-entmax along the last dimension; the keyword arguments of ``triton_entmax``."""
     return triton_entmax(x, alpha=1.5, **kwargs)

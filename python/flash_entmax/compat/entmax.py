@@ -217,7 +217,7 @@ def normmax_bisect_loss(
 
 
 class Sparsemax(nn.Module):
-    """Module of :func:`sparsemax`."""
+    """Module of ``sparsemax``."""
 
     def __init__(self, dim: int = -1, k: int | None = None, return_support_size: bool = False):
         super().__init__()
@@ -230,7 +230,7 @@ class Sparsemax(nn.Module):
 
 
 class Entmax15(nn.Module):
-    """Module of :func:`entmax15`."""
+    """Module of ``entmax15``."""
 
     def __init__(self, dim: int = -1, k: int | None = None, return_support_size: bool = False):
         super().__init__()
@@ -243,7 +243,7 @@ class Entmax15(nn.Module):
 
 
 class SparsemaxBisect(nn.Module):
-    """Module of :func:`sparsemax_bisect`."""
+    """Module of ``sparsemax_bisect``."""
 
     def __init__(self, dim: int = -1, n_iter: int | None = None):
         super().__init__()
@@ -255,7 +255,7 @@ class SparsemaxBisect(nn.Module):
 
 
 class EntmaxBisect(nn.Module):
-    """Module of :func:`entmax_bisect`; ``alpha`` may be a parameter."""
+    """Module of ``entmax_bisect``; ``alpha`` may be a parameter."""
 
     def __init__(self, alpha: float | Tensor = 1.5, dim: int = -1, n_iter: int = 50):
         super().__init__()
@@ -268,7 +268,7 @@ class EntmaxBisect(nn.Module):
 
 
 class NormmaxBisect(nn.Module):
-    """Module of :func:`normmax_bisect`."""
+    """Module of ``normmax_bisect``."""
 
     def __init__(self, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50):
         super().__init__()
@@ -281,7 +281,7 @@ class NormmaxBisect(nn.Module):
 
 
 class BudgetBisect(nn.Module):
-    """Module of :func:`budget_bisect`."""
+    """Module of ``budget_bisect``."""
 
     def __init__(self, budget: float | Tensor = 2, dim: int = -1, n_iter: int = 50):
         super().__init__()
@@ -326,7 +326,7 @@ class _Loss(nn.Module):
 
 
 class SparsemaxLoss(_Loss):
-    """Module of :func:`sparsemax_loss`."""
+    """Module of ``sparsemax_loss``."""
 
     def __init__(
         self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean"
@@ -339,7 +339,7 @@ class SparsemaxLoss(_Loss):
 
 
 class SparsemaxBisectLoss(_Loss):
-    """Module of :func:`sparsemax_bisect_loss`."""
+    """Module of ``sparsemax_bisect_loss``."""
 
     def __init__(
         self, n_iter: int = 50, ignore_index: int = -100, reduction: str = "elementwise_mean"
@@ -352,7 +352,7 @@ class SparsemaxBisectLoss(_Loss):
 
 
 class Entmax15Loss(_Loss):
-    """Module of :func:`entmax15_loss`."""
+    """Module of ``entmax15_loss``."""
 
     def __init__(
         self, k: int | None = 100, ignore_index: int = -100, reduction: str = "elementwise_mean"
@@ -365,7 +365,7 @@ class Entmax15Loss(_Loss):
 
 
 class EntmaxBisectLoss(_Loss):
-    """Module of :func:`entmax_bisect_loss`."""
+    """Module of ``entmax_bisect_loss``."""
 
     def __init__(
         self,
@@ -383,7 +383,7 @@ class EntmaxBisectLoss(_Loss):
 
 
 class NormmaxBisectLoss(_Loss):
-    """Module of :func:`normmax_bisect_loss`."""
+    """Module of ``normmax_bisect_loss``."""
 
     def __init__(
         self,

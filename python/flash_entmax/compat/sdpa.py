@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
     attn_mask : Tensor, optional
         bool (True takes part) or floating point (added to the scores), broadcastable to
         [..., heads, query_length, key_length]. It becomes ``key_mask`` or ``bias`` of
-        :func:`flash_entmax.attention`, which costs memory and time that ``is_causal`` does not.
+        ``flash_entmax.attention``, which costs memory and time that ``is_causal`` does not.
     dropout_p : float
         Must be 0: dropout of sparse weights is another function.
     is_causal : bool
@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
     enable_gqa : bool
         Whether ``query`` may have more heads than ``key`` and ``value``.
     alpha : float or Tensor
-        As in :func:`flash_entmax.attention`.
+        As in ``flash_entmax.attention``.
 
     Notes
     -----

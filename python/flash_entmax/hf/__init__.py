@@ -7,6 +7,13 @@
 or, for a model that is already there, ``flash_entmax.hf.convert(model, alpha=1.5)``.
 """
 
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "flash_entmax.hf needs transformers 5 or later: pip install 'transformers>=5'"
+    ) from error
+
 from ._attention import NAME, attention_forward
 from ._masks import attention_mask
 from ._models import AlphaAnnealing, convert, get_alpha, register, set_alpha

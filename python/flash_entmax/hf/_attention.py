@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .. import _attention
 
 NAME = "flash_entmax"
+# The parameter of an attention layer whose α is learnt.
+LOGITS = "flash_entmax_alpha_logits"
 
 # Arguments that some models pass and that change the result in ways that do not exist here.
 _UNSUPPORTED = ("s_aux", "cache", "head_mask", "block_mask", "score_mod")
@@ -52,7 +54,7 @@ def read_mask(
 
 def alpha_of(module: nn.Module, query: Tensor) -> float | Tensor:
     """The layer's α: learnt, else its entry in the configuration, else 1.5."""
-    logits = getattr(module, "flash_entmax_alpha_logits", None)
+    logits = getattr(module, LOGITS, None)
     if logits is not None:
         return 1.0 + torch.sigmoid(logits.float())
     alpha = getattr(getattr(module, "config", None), "flash_entmax_alpha", 1.5)

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, masking_utils, modeling_utils
 
-from ._attention import NAME, attention_forward
+from ._attention import LOGITS, NAME, attention_forward
 from ._masks import attention_mask
 
 Alpha = float | Sequence[float | Sequence[float]]
@@ -80,26 +80,81 @@ def _check_alpha(alpha: Any, depth: int = 0) -> Any:
     return float(alpha)
 
 
+def _check_converted(model: nn.Module) -> None:
+    """Raises unless some layer of the model uses this attention."""
+    used = {
+        getattr(module.config, "_attn_implementation", None) for module in _attention_modules(model)
+    }
+    if not used:
+        raise TypeError(
+            f"model: got {type(model).__name__}, which has no attention of transformers; must be a "
+            "transformers model"
+        )
+    if NAME not in used:
+        names = ", ".join(sorted(repr(name) for name in used))
+        raise ValueError(
+            f"model: got one with attention {names}; must use {NAME!r} (convert() makes it)"
+        )
+
+
+def _check_sizes(model: nn.Module, alpha: Any) -> None:
+    """Raises unless a list has one entry a layer, and lists in it one a head."""
+    if not isinstance(alpha, list):
+        return
+    modules = list(_attention_modules(model))
+    numbers = [int(getattr(module, "layer_idx", None) or 0) for module in modules]
+    if any(getattr(module, "layer_idx", None) is None for module in modules):
+        raise ValueError(
+            f"alpha: got a list; must be a number, since the layers of {type(model).__name__} have "
+            "no numbers"
+        )
+    layers = 1 + max(numbers)
+    if len(alpha) != layers:
+        raise ValueError(f"alpha: got {len(alpha)} entries; must be a number or have {layers}")
+    for module, number in zip(modules, numbers, strict=True):
+        heads, entry = module.config.num_attention_heads, alpha[number]
+        if isinstance(entry, list) and len(entry) != heads:
+            raise ValueError(
+                f"alpha: got {len(entry)} entries for layer {number}; must be a number or have "
+                f"{heads}"
+            )
+
+
+def _write_alpha(model: nn.Module, alpha: Alpha) -> None:
+    alpha = _check_alpha(alpha)
+    _check_sizes(model, alpha)
+    for config in _configurations(model):
+        config.flash_entmax_alpha = alpha
+
+
 def set_alpha(model: nn.Module, alpha: Alpha) -> None:
     """Sets α of every layer.
 
     Parameters
     ----------
+    model : Module
+        A transformers model that uses this attention, or a module around one. Its α must not be
+        learnt.
     alpha : float or list
         > 0: a number, a list with one a layer, or a list with one list a layer (one a head). It is
         kept in the configuration as ``flash_entmax_alpha``, and saved with the model.
     """
-    alpha = _check_alpha(alpha)
-    for config in _configurations(model):
-        config.flash_entmax_alpha = alpha
+    _check_converted(model)
+    if any(hasattr(module, LOGITS) for module in _attention_modules(model)):
+        raise ValueError(
+            f"alpha: is learnt; must not be set (see the parameters {LOGITS}; convert() makes it a "
+            "number again)"
+        )
+    _write_alpha(model, alpha)
 
 
 def get_alpha(model: nn.Module) -> Any:
-    """What :func:`set_alpha` set (1.5 if nothing); learnt values, by layer, where α is learnt."""
+    """What ``set_alpha`` set (1.5 if nothing); learnt values, by layer, where α is learnt."""
+    _check_converted(model)
     learnt = [
-        (1.0 + torch.sigmoid(module.flash_entmax_alpha_logits.detach().float())).tolist()
+        (1.0 + torch.sigmoid(getattr(module, LOGITS).detach().float())).tolist()
         for module in _attention_modules(model)
-        if hasattr(module, "flash_entmax_alpha_logits")
+        if hasattr(module, LOGITS)
     ]
     if learnt:
         return learnt
@@ -114,9 +169,10 @@ def convert(
     Parameters
     ----------
     model : PreTrainedModel
-        Changed in place. With α = 1 its results stay what they were.
+        Changed in place. With α = 1 its results stay what they were. An α that an earlier call made
+        learnable is forgotten.
     alpha : float or list
-        As for :func:`set_alpha`.
+        As for ``set_alpha``.
     learnable : bool
         Whether every head learns its α, as 1 + sigmoid(a) with a parameter a (Correia, Niculae &
         Martins 2019), starting from ``alpha``, which must be in (1, 2). The parameters are named
@@ -128,7 +184,12 @@ def convert(
         ``model``.
     """
     register()
-    set_alpha(model, alpha)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}; must be a transformers model")
+    for module in _attention_modules(model):
+        if hasattr(module, LOGITS):
+            delattr(module, LOGITS)
+    _write_alpha(model, alpha)
     model.set_attn_implementation(NAME)
     for config in _configurations(model):
         used = getattr(config, "_attn_implementation", NAME)
@@ -152,7 +213,7 @@ def _make_learnable(model: nn.Module) -> None:
         if not bool(((alpha > 1.0) & (alpha < 2.0)).all()):
             raise ValueError(f"alpha: got {alpha.tolist()}; must be in (1, 2) to be learnt")
         logits = torch.logit(alpha - 1.0).to(weight.device)
-        module.register_parameter("flash_entmax_alpha_logits", nn.Parameter(logits))
+        module.register_parameter(LOGITS, nn.Parameter(logits))
 
 
 class AlphaAnnealing(TrainerCallback):
@@ -161,7 +222,7 @@ class AlphaAnnealing(TrainerCallback):
     Parameters
     ----------
     schedule : callable
-        Step to α, as :class:`flash_entmax.schedules.AlphaSchedule`.
+        Step to α, as ``flash_entmax.schedules.AlphaSchedule``.
     """
 
     def __init__(self, schedule: Callable[[int], float]) -> None:

@@ -37,7 +37,7 @@ class EntmaxAttention(nn.Module):
     head_size : int, optional
         ``features // heads`` if not given.
     alpha : float
-        > 0 (on GPUs in (1, 2]). The value, or where learning starts.
+        ≥ 1 (on GPUs in [1, 2]). The value, or where learning starts.
     learnable_alpha : bool
         Whether every head learns its α, as 1 + sigmoid(a) in (1, 2) (adaptively sparse
         transformers: Correia, Niculae & Martins 2019).
@@ -80,6 +80,9 @@ class EntmaxAttention(nn.Module):
         if not isinstance(causal, bool):
             raise TypeError(f"causal: got {type(causal).__name__}; must be True or False")
         check_alpha(alpha)
+        softcap = check_number("softcap", softcap)
+        if not (math.isfinite(softcap) and softcap >= 0.0):
+            raise ValueError(f"softcap: got {softcap}; must be finite and ≥ 0")
         kv_heads = heads if kv_heads is None else kv_heads
         if heads % kv_heads != 0:
             raise ValueError(f"kv_heads: got {kv_heads}; must be a divisor of heads, {heads}")
@@ -150,7 +153,7 @@ class EntmaxAttention(nn.Module):
             [batch, keys, features]; ``hidden`` if not given. If there are more keys than queries,
             the queries are the last of them.
         key_mask, key_lengths : Tensor, optional
-            As for :func:`flash_entmax.attention`.
+            As for ``flash_entmax.attention``.
 
         Returns
         -------
@@ -159,9 +162,10 @@ class EntmaxAttention(nn.Module):
         """
         context = hidden if context is None else context
         for name, tensor in (("hidden", hidden), ("context", context)):
-            if check_floating(name, tensor).dim() != 3:
+            features = self.query.in_features
+            if check_floating(name, tensor).dim() != 3 or tensor.shape[2] != features:
                 raise ValueError(
-                    f"{name}: got shape {list(tensor.shape)}; must be [batch, length, features]"
+                    f"{name}: got shape {list(tensor.shape)}; must be [batch, length, {features}]"
                 )
         queries, keys = hidden.shape[1], context.shape[1]
         first = max(keys - queries, 0)

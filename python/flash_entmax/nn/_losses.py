@@ -9,7 +9,7 @@ from .._losses import REDUCTIONS, fenchel_young_loss
 
 
 class EntmaxLoss(nn.Module):
-    """:func:`flash_entmax.entmax_loss`.
+    """``flash_entmax.entmax_loss``.
 
     Parameters
     ----------
@@ -44,21 +44,21 @@ class EntmaxLoss(nn.Module):
 
 
 class Entmax15Loss(EntmaxLoss):
-    """:func:`flash_entmax.entmax15_loss`."""
+    """``flash_entmax.entmax15_loss``."""
 
     def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(1.5, ignore_index=ignore_index, reduction=reduction)
 
 
 class SparsemaxLoss(EntmaxLoss):
-    """:func:`flash_entmax.sparsemax_loss`."""
+    """``flash_entmax.sparsemax_loss``."""
 
     def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(2.0, ignore_index=ignore_index, reduction=reduction)
 
 
 class NormmaxLoss(EntmaxLoss):
-    """:func:`flash_entmax.normmax_loss`; ``alpha`` > 1."""
+    """``flash_entmax.normmax_loss``; ``alpha`` > 1."""
 
     kind = MAPPING_NORMMAX
 

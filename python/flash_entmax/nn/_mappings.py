@@ -9,7 +9,7 @@ from .. import _mapping
 
 
 class Entmax(nn.Module):
-    """:func:`flash_entmax.entmax` along ``dim``.
+    """``flash_entmax.entmax`` along ``dim``.
 
     Parameters
     ----------
@@ -36,21 +36,21 @@ class Entmax(nn.Module):
 
 
 class Sparsemax(Entmax):
-    """:func:`flash_entmax.sparsemax` along ``dim``."""
+    """``flash_entmax.sparsemax`` along ``dim``."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__(2.0, dim)
 
 
 class Entmax15(Entmax):
-    """:func:`flash_entmax.entmax15` along ``dim``."""
+    """``flash_entmax.entmax15`` along ``dim``."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__(1.5, dim)
 
 
 class Normmax(nn.Module):
-    """:func:`flash_entmax.normmax` along ``dim``."""
+    """``flash_entmax.normmax`` along ``dim``."""
 
     def __init__(self, alpha: float = 2.0, dim: int = -1) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Normmax(nn.Module):
 
 
 class Budget(nn.Module):
-    """:func:`flash_entmax.budget` along ``dim``."""
+    """``flash_entmax.budget`` along ``dim``."""
 
     def __init__(self, budget: float = 1.0, dim: int = -1) -> None:
         super().__init__()

@@ -104,6 +104,10 @@ Status Verify(const Buffers& buffers, const BenchMappingOptions& options,
 }
 
 CommandResult BenchMapping(const Context& context, const BenchMappingOptions& options) {
+  if (!(std::isfinite(options.sigma) && options.sigma >= 0.0)) {
+    return Status::InvalidArgument(
+        fmt::format("--sigma: got {}; must be finite and ≥ 0", options.sigma));
+  }
   const Expected<DType> dtype = ParseFloatingType(options.dtype);
   if (!dtype.ok()) return dtype.status();
   Expected<Buffers> buffers = MakeBuffers(options, *dtype);
