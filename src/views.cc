@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -36,8 +37,12 @@ bool HasNoElements(const TensorView& tensor) {
 
 std::string Number(double value) {
   char text[32];
-  const std::to_chars_result end = std::to_chars(text, text + sizeof(text), value);
-  return std::string(text, end.ptr);
+  // What came in as a float needs a float's digits only.
+  constexpr auto kLargest = static_cast<double>(std::numeric_limits<float>::max());
+  if (std::abs(value) <= kLargest && static_cast<double>(static_cast<float>(value)) == value) {
+    return {text, std::to_chars(text, text + sizeof(text), static_cast<float>(value)).ptr};
+  }
+  return {text, std::to_chars(text, text + sizeof(text), value).ptr};
 }
 
 Status BadArgument(const std::string& name, const std::string& got, const std::string& allowed) {

@@ -39,6 +39,7 @@ TEST(Plan, DiffersForSoftmax) {
 
 TEST(Plan, RejectsWhatCannotBeRun) {
   ExpectBadInput({"plan", "--alpha", "0"}, "alpha");
+  ExpectBadInput({"plan", "--alpha", "-1e-9"}, "alpha: got -1e-09; must be finite and > 0");
   ExpectBadInput({"plan", "--alpha", "nan"}, "alpha");
   ExpectBadInput({"plan", "--dtype", "int8"}, "--dtype: got int8; must be float64");
   ExpectBadInput({"plan", "--heads", "3", "--kv-heads", "2"}, "heads");

@@ -65,8 +65,9 @@ TEST(Usage, NumbersMustBeNumbers) {
   ExpectBadInput({"info", "--threads", "many"}, "--threads");
   ExpectBadInput({"info", "--threads", "-1"}, "--threads");
   ExpectBadInput({"plan", "--heads", "1.5"}, "--heads");
+  ExpectBadInput({"plan", "--heads", "99999999999999999999"}, "--heads");
   // Saturates, as the parser does.
-  ExpectBadInput({"plan", "--heads", "99999999999999999999"}, "9223372036854775807");
+  ExpectBadInput({"plan", "--key-length", "99999999999999999999"}, "9223372036854775807");
 }
 
 TEST(Usage, PrintsItsVersion) {
