@@ -3,6 +3,8 @@ attention function that is given the same masks written out."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +466,19 @@ def test_a_learnt_alpha_is_not_set() -> None:
     assert_close(
         model(ids, attention_mask=mask).logits, softmax(ids, attention_mask=mask).logits, 1e-5
     )
+
+
+def test_is_imported_when_it_is_first_used() -> None:
+    program = """
+import sys, flash_entmax
+assert "transformers" not in sys.modules
+flash_entmax.hf.register()
+try:
+    flash_entmax.nothing
+except AttributeError:
+    pass
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_register_again_changes_nothing() -> None:

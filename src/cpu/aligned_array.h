@@ -1,20 +1,24 @@
 // Arrays that begin at a cache line: a load of a whole vector that crosses lines costs two, which
-// takes a third of the register tile's speed.
+// takes a third of the register tile's speed. Large ones begin at a large page and ask for such
+// pages, since rows that are far apart otherwise need more address translations than a core keeps.
 
 #ifndef FLASH_ENTMAX_SRC_CPU_ALIGNED_ARRAY_H_
 #define FLASH_ENTMAX_SRC_CPU_ALIGNED_ARRAY_H_
 
 #include <cstddef>
+#include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
 namespace flash_entmax::cpu {
 
-inline constexpr std::align_val_t kCacheLine{64};
+// Memory that std::free gives back; null if there is none.
+void* AllocateAligned(size_t bytes);
 
 struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, kCacheLine); }
+  void operator()(void* p) const { std::free(p); }
 };
 
 template <typename T>
@@ -23,7 +27,10 @@ using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
 // Numbers that are not initialised. May throw std::bad_alloc.
 template <typename T>
 AlignedArray<T> MakeAligned(size_t count) {
-  return AlignedArray<T>(static_cast<T*>(::operator new(count * sizeof(T), kCacheLine)));
+  const bool fits = count <= std::numeric_limits<size_t>::max() / 2 / sizeof(T);
+  void* const data = fits ? AllocateAligned(count * sizeof(T)) : nullptr;
+  if (data == nullptr) throw std::bad_alloc();
+  return AlignedArray<T>(static_cast<T*>(data));
 }
 
 template <typename T>
