@@ -29,3 +29,5 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "site/python/api/functions/index.html").read_text(encoding="utf-8")
     assert "attention_varlen" in page
+    # A saved result outside docs/ is part of the site.
+    assert list((tmp_path / "site/repository/lab/results").glob("gpu-*.html"))
