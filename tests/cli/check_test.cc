@@ -45,6 +45,8 @@ TEST(Check, RepeatsOneProblem) {
 TEST(Check, RejectsBadCounts) {
   ExpectBadInput({"check", "--problems", "0"}, "--problems");
   ExpectBadInput({"check", "--problem", "-1"}, "--problem");
+  ExpectBadInput({"check", "--seed", "-1"}, "--seed");
+  ExpectBadInput({"check", "--seed", "9007199254740993"}, "--seed");
 }
 
 TEST(ErrorTable, NaNFails) {

@@ -1,6 +1,7 @@
 #include "command.h"
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <utility>
 
 namespace flash_entmax::cli {
@@ -30,6 +31,12 @@ CLI::App* AddCommand(CLI::App& parent, Context& context, const std::string& name
   command->add_flag("--quiet", common.quiet, "Show no progress bar")->group("Common options");
   command->callback([&context, action = std::move(action)] { context.action = action; });
   return command;
+}
+
+void AddSeed(CLI::App& command, uint64_t& seed, const std::string& description) {
+  command.add_option("--seed", seed, description)
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 53))
+      ->capture_default_str();
 }
 
 }  // namespace flash_entmax::cli

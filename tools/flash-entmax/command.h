@@ -4,6 +4,7 @@
 #ifndef FLASH_ENTMAX_TOOLS_COMMAND_H_
 #define FLASH_ENTMAX_TOOLS_COMMAND_H_
 
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <utility>
@@ -61,6 +62,9 @@ struct Context {
 // selected; what it needs must outlive the parsing, so capture a shared_ptr to the options.
 CLI::App* AddCommand(CLI::App& parent, Context& context, const std::string& name,
                      const std::string& description, std::function<CommandResult()> action);
+
+// --seed, from 0 to 2^53: what every program that reads the JSON can hold.
+void AddSeed(CLI::App& command, uint64_t& seed, const std::string& description);
 
 // One function a subcommand, each in the file of its name.
 void AddRunCommand(CLI::App& program, Context& context);

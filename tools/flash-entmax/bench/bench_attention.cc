@@ -14,6 +14,7 @@
 #include "bench/attention_case.h"
 #include "bench/bench.h"
 #include "bench/timing.h"
+#include "command.h"
 #include "output.h"
 #include "visible_pairs.h"
 #include "workloads.h"
@@ -181,7 +182,7 @@ void AddBenchAttentionCommand(CLI::App& bench, Context& context) {
   command->add_option("--rounds", options->rounds, "Calls that are timed for each α and workload")
       ->check(CLI::Range(1, kMaxRounds))
       ->capture_default_str();
-  command->add_option("--seed", options->seed, "Which random numbers")->capture_default_str();
+  AddSeed(*command, options->seed, "Which random numbers");
 }
 
 }  // namespace flash_entmax::cli

@@ -13,6 +13,7 @@
 #include "bench/bench.h"
 #include "bench/timing.h"
 #include "check/precision.h"
+#include "command.h"
 #include "flash_entmax/mapping.h"
 #include "math/element.h"
 #include "output.h"
@@ -200,7 +201,7 @@ void AddBenchMappingCommand(CLI::App& bench, Context& context) {
   command->add_option("--rounds", options->rounds, "Calls that are timed for each α")
       ->check(CLI::Range(1, kMaxRounds))
       ->capture_default_str();
-  command->add_option("--seed", options->seed, "Which random numbers")->capture_default_str();
+  AddSeed(*command, options->seed, "Which random numbers");
 }
 
 }  // namespace flash_entmax::cli

@@ -153,7 +153,7 @@ void AddCheckCommand(CLI::App& program, Context& context) {
       "do.\n"
       "A key may be in or out of a support against the reference only within rounding of the\n"
       "threshold. NaN where there should be a number is a failure.");
-  command->add_option("--seed", options->seed, "Which random problems")->capture_default_str();
+  AddSeed(*command, options->seed, "Which random problems");
   command->add_option("--problems", options->problems, "How many random problems")
       ->check(CLI::Range(int64_t{1}, kMaxProblems))
       ->capture_default_str();

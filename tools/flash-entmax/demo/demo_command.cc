@@ -5,7 +5,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -135,9 +134,7 @@ void AddDemoCommand(CLI::App& program, Context& context) {
                    "Values of α to compare, each ≥ 1: 1 is softmax, larger is sparser")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--seed", options->seed, "Of the embeddings' hashes and the checked rows")
-      ->check(CLI::Range(int64_t{0}, std::numeric_limits<int64_t>::max()))
-      ->capture_default_str();
+  AddSeed(*command, options->seed, "Of the embeddings' hashes and the checked rows");
   CLI::Option* html =
       command->add_option("--html", options->html, "Page to write")->capture_default_str();
   command->add_flag("--no-html", options->no_html, "Write no page")->excludes(html);
