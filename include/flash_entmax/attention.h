@@ -111,7 +111,7 @@ struct AttentionPlan {
   int num_threads = 1;
   int rows_per_panel = 0;        // query rows that one thread works on together
   int keys_per_block = 0;        // keys whose scores are made before any of them is looked at
-  int64_t workspace_bytes = 0;   // packed keys and values, and buffers of all threads
+  int64_t workspace_bytes = 0;   // packed keys and values, and buffers of all threads as they start
   int64_t backward_bytes = 0;    // the same of AttentionBackward
   int64_t saved_bytes = 0;       // kept from forward to backward; 0 if nothing is to be kept
   int64_t support_capacity = 0;  // entries that `saved_bytes` has room for

@@ -138,11 +138,13 @@ class RecallTask final : public Task {
     const auto chosen = static_cast<int32_t>(random.Below(options_.vocabulary));
     const Word& word = keys_[static_cast<size_t>(chosen)];
     std::vector<int32_t> pool = {chosen};
-    for (const auto* alike : {&by_first_[FirstSymbol(word)], &by_last_[LastSymbol(word)]}) {
-      for (const int32_t other : *alike) {
-        // With keys of one symbol both lists are the same.
-        if (std::find(pool.begin(), pool.end(), other) == pool.end()) pool.push_back(other);
-      }
+    const size_t first = FirstSymbol(word);
+    for (const int32_t other : by_first_[first]) {
+      if (other != chosen) pool.push_back(other);
+    }
+    for (const int32_t other : by_last_[LastSymbol(word)]) {
+      // The others are there already.
+      if (FirstSymbol(keys_[static_cast<size_t>(other)]) != first) pool.push_back(other);
     }
     if (static_cast<int64_t>(pool.size()) < pairs) return {};
     // The chosen one among them: it is the one that all others are like.

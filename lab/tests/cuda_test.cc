@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checkpoint_values.h"
 #include "flash_entmax/gpu.h"
 #include "io/temporary_folder.h"
 #include "layers.h"
@@ -220,6 +221,7 @@ TEST_F(CudaTrainingTest, KeepsItsStateInBfloat16) {
   ASSERT_EQ(cuda.size(), cpu.size());
   for (size_t i = 0; i < 20; ++i) EXPECT_NEAR(cuda[i], cpu[i], 2e-2) << "step " << i;
   EXPECT_NEAR(cuda.back(), cpu.back(), 0.15 * cpu.front());
+  EXPECT_TRUE(KeepsBfloat16(folder_.File("rounded-cuda")));
 }
 
 TEST_F(CudaTrainingTest, GoesOnWhereItStopped) {

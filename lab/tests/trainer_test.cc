@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint_values.h"
 #include "io/temporary_folder.h"
 #include "testing/status.h"
 
@@ -80,6 +81,8 @@ TEST_F(TrainerTest, ResumesBitForBit) {
       EXPECT_EQ(outcome->finished, call == 3);
     }
     EXPECT_EQ(parts, whole);
+    EXPECT_EQ(static_cast<bool>(KeepsBfloat16(options.folder)),
+              run.training.precision == Precision::kBFloat16True);
     // The log has every line once.
     std::ifstream metrics(options.folder + "/metrics.jsonl");
     std::vector<int64_t> steps;

@@ -443,7 +443,9 @@ def test_only_models_that_use_it_have_an_alpha() -> None:
     with pytest.raises(TypeError, match="model: got Linear"):
         hf.convert(nn.Linear(2, 2))  # type: ignore[arg-type]
     # A wrapper is looked through.
-    hf.set_alpha(nn.Sequential(hf.convert(plain)), 2.0)
+    wrapper = nn.Sequential(hf.convert(plain))
+    hf.set_alpha(wrapper, 2.0)
+    assert hf.get_alpha(wrapper) == 2.0
     assert hf.get_alpha(plain) == 2.0
 
 
@@ -451,6 +453,11 @@ def test_a_learnt_alpha_is_not_set() -> None:
     model = hf.convert(make("llama"), 1.5, learnable=True)
     with pytest.raises(ValueError, match="alpha: is learnt"):
         hf.set_alpha(model, 2.0)
+    # What a refused call would have overwritten is still there.
+    for alpha, learnable in [([1.5], False), ("1", False), (1.0, True), ([1.5, 2.5], True)]:
+        with pytest.raises((TypeError, ValueError), match="alpha: got"):
+            hf.convert(model, alpha, learnable=learnable)  # type: ignore[arg-type]
+        assert_close(torch.tensor(hf.get_alpha(model)), torch.full((2, 4), 1.5), 1e-6)
     ids, mask = batch("left")
     softmax = make("llama")
     softmax.set_attn_implementation("sdpa")

@@ -13,6 +13,7 @@
 
 #include "attention_resolved.h"
 #include "cpu/attention_panel.h"
+#include "cpu/cache_size.h"
 #include "cpu/keys_by_row.h"
 #include "cpu/packed_inputs.h"
 #include "cpu/parallel.h"
@@ -337,10 +338,14 @@ void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved
   const int64_t per_thread = plan->rows_per_panel * (resolved.head_size + stride + kInitialList);
   plan->workspace_bytes =
       (elements + per_thread * plan->num_threads) * static_cast<int64_t>(sizeof(T));
-  if (ForwardRun<T>::AnyBelowSoftmax(resolved)) {  // The scores of a group of rows.
-    plan->workspace_bytes += int64_t{plan->num_threads} * shape.rows_per_group *
-                             RoundUp(resolved.key_length, shape.keys_per_block) *
-                             static_cast<int64_t>(sizeof(T));
+  if (ForwardRun<T>::AnyBelowSoftmax(resolved)) {
+    // Scores and, if saved, u of dense rows; candidates of one.
+    const int64_t row =
+        RoundUp(resolved.key_length, shape.keys_per_block) * static_cast<int64_t>(sizeof(T));
+    const int64_t group = row * shape.rows_per_group;
+    const int64_t groups = std::min<int64_t>(kGroupsPerPanel, DenseGroupsTogether(group));
+    const int64_t copies = options.save_for_backward ? 2 : 1;
+    plan->workspace_bytes += plan->num_threads * (row + copies * groups * group);
   }
   if (!ForwardRun<T>::AnySparse(resolved)) return;
   const bool screening = ForwardRun<T>::Screens(resolved, shape, options);

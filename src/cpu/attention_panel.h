@@ -127,7 +127,7 @@ struct PanelMemory {
   AlignedVector<T> means;
   int64_t mean_rows = 0;
   int64_t mean_entries = 0;
-  AlignedVector<T> weights;     // u of a group of rows.
+  AlignedVector<T> weights;     // u of dense rows, beside their scores.
   AlignedVector<T> candidates;  // Scores of a dense row that are not zero yet.
 };
 

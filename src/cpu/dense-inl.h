@@ -1,9 +1,8 @@
 // The dense path: rows of which so many keys are positive that lists cost more than products.
 //
-// A few groups of rows keep all their scores (as many as the second-level cache takes, or one
-// group's), solve each row's threshold on them, write the probabilities over the scores, and
-// multiply them with the values through the register tile. Keys and values are read once for all of
-// them.
+// A few groups of rows keep all their scores (DenseGroupsTogether() of them), solve each row's
+// threshold on them, write the probabilities over the scores, and multiply them with the values
+// through the register tile. Keys and values are read once for all of them.
 
 #if defined(FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASH_ENTMAX_SRC_CPU_DENSE_INL_H_
@@ -36,11 +35,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // Keys whose values stay in the first-level cache while the tiles pass over them.
 constexpr int64_t kDenseValueStep = 128;
-// Groups that go together share keys and values, which long rows read from the third-level cache;
-// as many as have scores of this size, but at least one. Measured: from 7/8 of the second-level
-// cache on nothing is lost at n = 8,192 if it is exceeded, and longer rows gain.
-inline int64_t DenseScoreBytes() { return SecondLevelCacheBytes() / 4 * 5; }
-
 // Whether the row has a threshold; if so its maximum.
 template <typename T>
 bool FiniteMaximum(const T* HWY_RESTRICT scores, size_t n, T* maximum, bool* not_a_number) {
@@ -268,13 +262,15 @@ void FinishDense(const PanelInput<T>& input, const GroupSearch<T>& group, int64_
   }
 }
 
-// Whole groups from scratch: those of groups[0, count) that go together. Returns how many.
+// Whole groups from scratch: those of groups[0, count) that go together. Returns how many. Their
+// scores begin at the first key of the whole panel: sums are cut at the same keys, so have the same
+// bits, however many groups go together.
 template <CurveKind kKind, typename T>
 int64_t DenseGroups(const PanelInput<T>& input, const GroupSearch<T>* groups, int64_t count,
                     bool want_support, double* lambda, PanelMemory<T>* memory) {
   const int64_t first_row = groups[0].first_row;
   const auto range_of = [&](int64_t rows) {
-    return VisibleBlocks<T>(input, first_row, first_row + rows - 1);
+    return VisibleBlocks<T>(input, input.first_query, first_row + rows - 1);
   };
   int64_t taken = 1;
   int64_t rows = groups[0].rows;
@@ -282,9 +278,7 @@ int64_t DenseGroups(const PanelInput<T>& input, const GroupSearch<T>* groups, in
     const int64_t more = rows + groups[taken].rows;
     const BlockRange range = range_of(more);
     const int64_t keys = (range.end - range.first) * static_cast<int64_t>(TileWidth<T>());
-    if ((taken + 1) * kTileRows * keys * static_cast<int64_t>(sizeof(T)) > DenseScoreBytes()) {
-      break;
-    }
+    if (taken + 1 > DenseGroupsTogether(kTileRows * keys * static_cast<int64_t>(sizeof(T)))) break;
     rows = more;
   }
   const BlockRange range = range_of(rows);

@@ -52,13 +52,13 @@ std::string SubcommandNames(const CLI::App& command) {
 std::string Explain(const CLI::App& program, const std::string& complaint, int argc, char** argv) {
   if (argc < 2) return complaint;
   const std::string first = argv[1];
-  if (first == "train" || first == "eval") {
-    return first + ": this program was built without the lab; ./dev lab builds one that has it";
-  }
   const std::vector<const CLI::App*> known = program.get_subcommands({});
   const bool named = std::any_of(known.begin(), known.end(), [&](const CLI::App* subcommand) {
     return subcommand->get_name() == first;
   });
+  if (!named && (first == "train" || first == "eval")) {
+    return first + ": this program was built without the lab; ./dev lab builds one that has it";
+  }
   if (first[0] != '-' && !named) {
     return "got \"" + first + "\"; must be one of " + SubcommandNames(program);
   }

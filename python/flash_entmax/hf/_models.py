@@ -80,28 +80,37 @@ def _check_alpha(alpha: Any, depth: int = 0) -> Any:
     return float(alpha)
 
 
-def _check_converted(model: nn.Module) -> None:
-    """Raises unless some layer of the model uses this attention."""
-    used = {
-        getattr(module.config, "_attn_implementation", None) for module in _attention_modules(model)
-    }
-    if not used:
+def _implementation(module: Any) -> str | None:
+    return getattr(module.config, "_attn_implementation", None)
+
+
+def _all_attention(model: nn.Module) -> list[Any]:
+    """Every attention layer; raises if there is none."""
+    modules = list(_attention_modules(model))
+    if not modules:
         raise TypeError(
             f"model: got {type(model).__name__}, which has no attention of transformers; must be a "
             "transformers model"
         )
-    if NAME not in used:
-        names = ", ".join(sorted(repr(name) for name in used))
+    return modules
+
+
+def _converted(model: nn.Module) -> list[Any]:
+    """The layers that use this attention; raises if none does."""
+    modules = _all_attention(model)
+    ours = [module for module in modules if _implementation(module) == NAME]
+    if not ours:
+        names = ", ".join(sorted({repr(_implementation(module)) for module in modules}))
         raise ValueError(
             f"model: got one with attention {names}; must use {NAME!r} (convert() makes it)"
         )
+    return ours
 
 
-def _check_sizes(model: nn.Module, alpha: Any) -> None:
+def _check_sizes(model: nn.Module, modules: Sequence[Any], alpha: Any) -> None:
     """Raises unless a list has one entry a layer, and lists in it one a head."""
     if not isinstance(alpha, list):
         return
-    modules = list(_attention_modules(model))
     numbers = [int(getattr(module, "layer_idx", None) or 0) for module in modules]
     if any(getattr(module, "layer_idx", None) is None for module in modules):
         raise ValueError(
@@ -120,9 +129,7 @@ def _check_sizes(model: nn.Module, alpha: Any) -> None:
             )
 
 
-def _write_alpha(model: nn.Module, alpha: Alpha) -> None:
-    alpha = _check_alpha(alpha)
-    _check_sizes(model, alpha)
+def _write_alpha(model: nn.Module, alpha: Any) -> None:
     for config in _configurations(model):
         config.flash_entmax_alpha = alpha
 
@@ -139,26 +146,28 @@ def set_alpha(model: nn.Module, alpha: Alpha) -> None:
         > 0: a number, a list with one a layer, or a list with one list a layer (one a head). It is
         kept in the configuration as ``flash_entmax_alpha``, and saved with the model.
     """
-    _check_converted(model)
-    if any(hasattr(module, LOGITS) for module in _attention_modules(model)):
+    modules = _converted(model)
+    if any(hasattr(module, LOGITS) for module in modules):
         raise ValueError(
             f"alpha: is learnt; must not be set (see the parameters {LOGITS}; convert() makes it a "
             "number again)"
         )
-    _write_alpha(model, alpha)
+    checked = _check_alpha(alpha)
+    _check_sizes(model, modules, checked)
+    _write_alpha(model, checked)
 
 
 def get_alpha(model: nn.Module) -> Any:
     """What ``set_alpha`` set (1.5 if nothing); learnt values, by layer, where α is learnt."""
-    _check_converted(model)
+    modules = _converted(model)
     learnt = [
         (1.0 + torch.sigmoid(getattr(module, LOGITS).detach().float())).tolist()
-        for module in _attention_modules(model)
+        for module in modules
         if hasattr(module, LOGITS)
     ]
     if learnt:
         return learnt
-    return getattr(getattr(model, "config", None), "flash_entmax_alpha", 1.5)
+    return getattr(modules[0].config, "flash_entmax_alpha", 1.5)
 
 
 def convert(
@@ -186,10 +195,16 @@ def convert(
     register()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}; must be a transformers model")
-    for module in _attention_modules(model):
+    modules = _all_attention(model)
+    checked = _check_alpha(alpha)
+    _check_sizes(model, modules, checked)
+    if learnable:
+        _check_learnable(checked)
+    # Nothing has changed up to here.
+    for module in modules:
         if hasattr(module, LOGITS):
             delattr(module, LOGITS)
-    _write_alpha(model, alpha)
+    _write_alpha(model, checked)
     model.set_attn_implementation(NAME)
     for config in _configurations(model):
         used = getattr(config, "_attn_implementation", NAME)
@@ -203,6 +218,14 @@ def convert(
     return model
 
 
+def _check_learnable(alpha: Any) -> None:
+    if isinstance(alpha, list):
+        for value in alpha:
+            _check_learnable(value)
+    elif not 1.0 < alpha < 2.0:
+        raise ValueError(f"alpha: got {alpha}; must be in (1, 2) to be learnt")
+
+
 def _make_learnable(model: nn.Module) -> None:
     from ._attention import alpha_of
 
@@ -210,8 +233,6 @@ def _make_learnable(model: nn.Module) -> None:
         heads = module.config.num_attention_heads
         weight = next(module.parameters())
         alpha = torch.as_tensor(alpha_of(module, weight), dtype=torch.float32).expand(heads)
-        if not bool(((alpha > 1.0) & (alpha < 2.0)).all()):
-            raise ValueError(f"alpha: got {alpha.tolist()}; must be in (1, 2) to be learnt")
         logits = torch.logit(alpha - 1.0).to(weight.device)
         module.register_parameter(LOGITS, nn.Parameter(logits))
 
