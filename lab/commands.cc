@@ -19,6 +19,7 @@
 
 #include "command.h"
 #include "config.h"
+#include "output.h"
 #include "trainer.h"
 
 namespace flash_entmax::cli {
@@ -47,21 +48,24 @@ struct LabOptions {
   int64_t jobs = 1;
 };
 
-// One line on a terminal's stderr, rewritten at most ten times a second; with several runs at a
-// time it shows what each of them said last.
-class StatusLine {
+// What a command tells of its runs. While they go on: one line on a terminal's stderr, rewritten at
+// most ten times a second; with several runs at a time it shows what each of them said last. Of a
+// run that has ended: a line on stdout or, with --json, an entry of the one document.
+class Reporter {
  public:
-  explicit StatusLine(const CommonOptions& common)
-      : enabled_(!common.json && !common.quiet && isatty(STDERR_FILENO) == 1) {}
-  ~StatusLine() { Clear(); }
-  StatusLine(const StatusLine&) = delete;
-  StatusLine& operator=(const StatusLine&) = delete;
+  explicit Reporter(const CommonOptions& common)
+      : json_(common.json),
+        quiet_(common.quiet),
+        shows_(!common.json && !common.quiet && isatty(STDERR_FILENO) == 1) {}
+  ~Reporter() { Clear(); }
+  Reporter(const Reporter&) = delete;
+  Reporter& operator=(const Reporter&) = delete;
 
   void Show(const std::string& run, const std::string& text) {
     const std::lock_guard<std::mutex> lock(mutex_);
     texts_[run] = text;
     const auto now = std::chrono::steady_clock::now();
-    if (!enabled_ || (drawn_ && now - last_ < std::chrono::milliseconds(100))) return;
+    if (!shows_ || (drawn_ && now - last_ < std::chrono::milliseconds(100))) return;
     last_ = now;
     drawn_ = true;
     std::string line;
@@ -69,14 +73,26 @@ class StatusLine {
     std::fputs(("\r\x1B[K" + line).c_str(), stderr);
     std::fflush(stderr);
   }
-  // Takes a run's text away, and prints a line for good.
-  void Finish(const std::string& run, const std::string& line) {
+  // Takes a run's text away.
+  void Forget(const std::string& run) {
     const std::lock_guard<std::mutex> lock(mutex_);
     texts_.erase(run);
     Clear();
-    if (line.empty()) return;
-    std::fputs((line + "\n").c_str(), stdout);
+  }
+  // The same, and says for good what has become of the run; `facts` are members of its entry.
+  void Finish(const std::string& run, const std::string& outcome, const Json& facts) {
+    Forget(run);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Json entry = {{"run", run}};
+    entry.update(facts);
+    runs_.push_back(std::move(entry));
+    if (json_ || quiet_) return;
+    std::fputs(fmt::format("{}: {}\n", run, outcome).c_str(), stdout);
     std::fflush(stdout);
+  }
+  // After the last run.
+  void End(const std::string& command) const {
+    if (json_) PrintJson({{"command", command}, {"runs", runs_}});
   }
 
  private:
@@ -85,9 +101,10 @@ class StatusLine {
     drawn_ = false;
   }
 
-  const bool enabled_;
+  const bool json_, quiet_, shows_;
   std::mutex mutex_;
   std::map<std::string, std::string> texts_;
+  Json runs_ = Json::array();
   bool drawn_ = false;
   std::chrono::steady_clock::time_point last_;
 };
@@ -175,59 +192,66 @@ lab::TrainingOptions MakeOptions(const LabOptions& options, const Context& conte
   return training;
 }
 
-std::string Message(const Context& context, const std::string& line) {
-  return context.common.quiet ? std::string() : line;
+std::string ResultOf(const LabOptions& options, const RunConfig& run) {
+  return FolderOf(options, run) + "/result.json";
 }
 
 Status EvaluateRun(const LabOptions& options, const Context& context, const RunConfig& run,
-                   StatusLine* line) {
+                   Reporter* reporter) {
   const std::string name = Describe(run);
   const Status status =
       lab::Evaluate(run, MakeOptions(options, context, run), [&](int64_t done, int64_t total) {
-        line->Show(name, fmt::format("{} evaluating, length {} of {}", name, done + 1, total));
+        reporter->Show(name, fmt::format("{} evaluating, length {} of {}", name, done + 1, total));
       });
-  const std::string found =
-      fmt::format("{}: results in {}/result.json", name, FolderOf(options, run));
-  line->Finish(name, status.ok() ? Message(context, found) : std::string());
+  reporter->Forget(name);
+  if (!status.ok()) return status;
+  const std::string result = ResultOf(options, run);
+  reporter->Finish(name, "results in " + result, {{"outcome", "evaluated"}, {"result", result}});
   return status;
 }
 
 // Trains a run and evaluates it.
 CommandResult TrainRun(const LabOptions& options, const Context& context, const RunConfig& run,
-                       double seconds_left, StatusLine* line) {
+                       double seconds_left, Reporter* reporter) {
   const std::string name = Describe(run);
   lab::TrainingOptions training = MakeOptions(options, context, run);
-  if (std::filesystem::exists(std::filesystem::path(training.folder) / "result.json")) {
-    line->Finish(name, Message(context, name + ": finished before"));
+  if (const std::string result = ResultOf(options, run); std::filesystem::exists(result)) {
+    // Of the same recipe with other settings it would be no result of this run.
+    const Status status = lab::CheckFolder(run, training.folder);
+    if (!status.ok()) return FromStatus(status);
+    reporter->Finish(name, "finished before", {{"outcome", "finished before"}, {"result", result}});
     return {};
   }
   training.time_limit = seconds_left;
   training.progress = [&](const lab::TrainingReport& report) {
-    line->Show(name, Bar(name, report, options.jobs > 1 ? 8 : 20));
+    reporter->Show(name, Bar(name, report, options.jobs > 1 ? 8 : 20));
   };
   const Expected<lab::TrainingOutcome> outcome = lab::Train(run, training);
-  if (!outcome.ok()) {
-    line->Finish(name, "");
-    return FromStatus(outcome.status());
-  }
-  line->Finish(name,
-               Message(context, fmt::format("{}: step {} of {}, loss {:.5f}", name, outcome->step,
-                                            run.training.steps, outcome->loss)));
+  reporter->Forget(name);
+  if (!outcome.ok()) return FromStatus(outcome.status());
+  reporter->Finish(
+      name,
+      fmt::format("step {} of {}, loss {:.5f}", outcome->step, run.training.steps, outcome->loss),
+      {{"outcome", outcome->finished ? "trained" : "stopped"},
+       {"step", outcome->step},
+       {"steps", run.training.steps},
+       {"loss", JsonNumber(outcome->loss)},
+       {"folder", training.folder}});
   if (!outcome->finished) {
     return CommandResult::Failure("stopped before the end; call again to go on");
   }
   if (options.no_evaluation) return {};
-  const Status status = EvaluateRun(options, context, run, line);
+  const Status status = EvaluateRun(options, context, run, reporter);
   return status.ok() ? CommandResult() : FromStatus(status);
 }
 
 CommandResult RunTrain(const LabOptions& options, const Context& context) {
   const Expected<std::vector<RunConfig>> runs = Choose(options);
-  if (!runs.ok()) return FromStatus(runs.status());
+  if (!runs.ok()) return runs.status();  // The command line or the recipe: bad input.
   std::signal(SIGINT, OnSignal);
   std::signal(SIGTERM, OnSignal);
   const auto start = std::chrono::steady_clock::now();
-  StatusLine line(context.common);
+  Reporter reporter(context.common);
   std::mutex mutex;
   size_t next = 0;
   CommandResult result;  // of the first run that fails: no other is begun after it
@@ -247,7 +271,7 @@ CommandResult RunTrain(const LabOptions& options, const Context& context) {
         left = options.time_limit > 0 ? options.time_limit - used : 0.0;
         run = &(*runs)[next++];
       }
-      const CommandResult outcome = TrainRun(options, context, *run, left, &line);
+      const CommandResult outcome = TrainRun(options, context, *run, left, &reporter);
       const std::lock_guard<std::mutex> lock(mutex);
       if (outcome.exit_code() != 0 && result.exit_code() == 0) result = outcome;
     }
@@ -258,17 +282,19 @@ CommandResult RunTrain(const LabOptions& options, const Context& context) {
   }
   work();
   for (std::thread& other : others) other.join();
+  if (result.exit_code() != CommandResult::kBadInput) reporter.End("train");
   return result;
 }
 
 CommandResult RunEval(const LabOptions& options, const Context& context) {
   const Expected<std::vector<RunConfig>> runs = Choose(options);
-  if (!runs.ok()) return FromStatus(runs.status());
-  StatusLine line(context.common);
+  if (!runs.ok()) return runs.status();  // The command line or the recipe: bad input.
+  Reporter reporter(context.common);
   for (const RunConfig& run : *runs) {
-    const Status status = EvaluateRun(options, context, run, &line);
+    const Status status = EvaluateRun(options, context, run, &reporter);
     if (!status.ok()) return FromStatus(status);
   }
+  reporter.End("eval");
   return {};
 }
 

@@ -115,23 +115,12 @@ Expected<Session> Open(const RunConfig& run, const TrainingOptions& options) {
   return session;
 }
 
-// The folder's run.json must name the same training.
 Status ClaimFolder(const RunConfig& run, const std::string& folder) {
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) return Status::Io("cannot create \"" + folder + "\": " + error.message());
-  const std::string path = Join(folder, "run.json");
-  if (std::filesystem::exists(path)) {
-    const Expected<std::string> text = ReadFile(path);
-    if (!text.ok()) return text.status();
-    const Expected<RunConfig> other = ParseRun(*text);
-    if (!other.ok() || TrainingIdentity(*other) != TrainingIdentity(run)) {
-      return Status::InvalidArgument("folder: got \"" + folder +
-                                     "\", which belongs to another run; must be new or of the "
-                                     "same configuration");
-    }
-  }
-  return io::WriteFileAtomically(path, RunToJson(run));
+  if (const Status status = CheckFolder(run, folder); !status.ok()) return status;
+  return io::WriteFileAtomically(Join(folder, "run.json"), RunToJson(run));
 }
 
 at::Tensor ComputeParameters(const RunConfig& run, const TrainingState& state) {
@@ -271,6 +260,18 @@ std::pair<double, double> LastMetrics(const std::string& path) {
 }
 
 }  // namespace
+
+Status CheckFolder(const RunConfig& run, const std::string& folder) {
+  const std::string path = Join(folder, "run.json");
+  if (!std::filesystem::exists(path)) return Status::Ok();
+  const Expected<std::string> text = ReadFile(path);
+  if (!text.ok()) return text.status();
+  const Expected<RunConfig> other = ParseRun(*text);
+  if (other.ok() && TrainingIdentity(*other) == TrainingIdentity(run)) return Status::Ok();
+  return Status::InvalidArgument("folder: got \"" + folder +
+                                 "\", which belongs to another run; must be new or of the same "
+                                 "configuration");
+}
 
 Expected<TrainingOutcome> Train(const RunConfig& run, const TrainingOptions& options) {
   return WithoutExceptions([&]() -> Expected<TrainingOutcome> {

@@ -45,6 +45,10 @@ struct TrainingOutcome {
   double loss = 0.0;
 };
 
+// Whether a run may use the folder: one that is new, or whose run.json names the same training.
+// Errors: kInvalidArgument, kIo.
+Status CheckFolder(const RunConfig& run, const std::string& folder);
+
 // Errors: kInvalidArgument for a folder that belongs to another run, a damaged checkpoint, or a
 // loss that is not finite; kIo for files; kDevice for a missing GPU; kOutOfMemory.
 Expected<TrainingOutcome> Train(const RunConfig& run, const TrainingOptions& options);
