@@ -76,13 +76,12 @@ class Reporter {
   // Takes a run's text away.
   void Forget(const std::string& run) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    texts_.erase(run);
-    Clear();
+    Drop(run);
   }
   // The same, and says for good what has become of the run; `facts` are members of its entry.
   void Finish(const std::string& run, const std::string& outcome, const Json& facts) {
-    Forget(run);
     const std::lock_guard<std::mutex> lock(mutex_);
+    Drop(run);
     Json entry = {{"run", run}};
     entry.update(facts);
     runs_.push_back(std::move(entry));
@@ -96,6 +95,10 @@ class Reporter {
   }
 
  private:
+  void Drop(const std::string& run) {
+    texts_.erase(run);
+    Clear();
+  }
   void Clear() {
     if (drawn_) std::fputs("\r\x1B[K", stderr);
     drawn_ = false;
@@ -203,8 +206,10 @@ Status EvaluateRun(const LabOptions& options, const Context& context, const RunC
       lab::Evaluate(run, MakeOptions(options, context, run), [&](int64_t done, int64_t total) {
         reporter->Show(name, fmt::format("{} evaluating, length {} of {}", name, done + 1, total));
       });
-  reporter->Forget(name);
-  if (!status.ok()) return status;
+  if (!status.ok()) {
+    reporter->Forget(name);
+    return status;
+  }
   const std::string result = ResultOf(options, run);
   reporter->Finish(name, "results in " + result, {{"outcome", "evaluated"}, {"result", result}});
   return status;
@@ -227,8 +232,10 @@ CommandResult TrainRun(const LabOptions& options, const Context& context, const 
     reporter->Show(name, Bar(name, report, options.jobs > 1 ? 8 : 20));
   };
   const Expected<lab::TrainingOutcome> outcome = lab::Train(run, training);
-  reporter->Forget(name);
-  if (!outcome.ok()) return FromStatus(outcome.status());
+  if (!outcome.ok()) {
+    reporter->Forget(name);
+    return FromStatus(outcome.status());
+  }
   reporter->Finish(
       name,
       fmt::format("step {} of {}, loss {:.5f}", outcome->step, run.training.steps, outcome->loss),

@@ -118,8 +118,7 @@ class RecallTask final : public Task {
   // slot.
   std::vector<int64_t> Offsets(int64_t length, int64_t pairs, Random& random) const {
     std::vector<int64_t> offsets(static_cast<size_t>(pairs));
-    const int64_t all = (options_.own_slots ? length / pairs * pairs : length);
-    const int64_t free = all - pairs * PairTokens(), each = free / pairs;
+    const int64_t free = length - pairs * PairTokens(), each = free / pairs;
     for (int64_t i = 0; i < pairs; ++i) {
       offsets[static_cast<size_t>(i)] =
           options_.own_slots ? i * each + random.Below(each + 1) : random.Below(free + 1);
@@ -173,6 +172,7 @@ class RecallTask final : public Task {
       values = random.Distinct(pairs, options_.vocabulary);
     }
 
+    if (options_.own_slots) length = length / pairs * pairs;
     Sample sample;
     std::vector<int32_t>& tokens = sample.tokens;
     tokens.reserve(static_cast<size_t>(MaxTokens(length)));
@@ -190,7 +190,6 @@ class RecallTask final : public Task {
       tokens.insert(tokens.end(), value.begin(), value.begin() + options_.value_symbols);
       tokens.push_back(space());
     }
-    if (options_.own_slots) length = length / pairs * pairs;
     tokens.resize(static_cast<size_t>(1 + length), space());
 
     const std::vector<int32_t> order = random.Distinct(std::min(options_.queries, pairs), pairs);

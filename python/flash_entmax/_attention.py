@@ -271,7 +271,8 @@ def attention(
         sᵢⱼ = cap(cᵢ · scale · qᵢ·kⱼ) − m·|i' − j| + bᵢⱼ
         pᵢ = α-entmax(sᵢ),  oᵢ = Σⱼ pᵢⱼ·vⱼ
 
-    with c = ``query_scale``, m the head's ALiBi slope, b = ``bias``, cap(x) = softcap·tanh(x/softcap), and i' = i + key_length − query_length the position of the
+    with c = ``query_scale``, m the head's ALiBi slope, b = ``bias``,
+    cap(x) = softcap·tanh(x/softcap), and i' = i + key_length − query_length the position of the
     query among the keys. The result is that of the dense computation: keys are left out only where
     they are proved to have weight zero.
 
@@ -283,9 +284,9 @@ def attention(
         float16 or float64 (CPU). heads is a multiple of kv_heads (grouped-query attention).
     alpha : float or Tensor
         > 0 on CPUs, in [1, 2] on GPUs. 1 is softmax (on GPUs computed by PyTorch's
-        ``scaled_dot_product_attention``, with ``softcap`` as a dense computation), 2 is sparsemax. A tensor of shape
-        [heads] or [] gives one a head, and gets a gradient; on GPUs its numbers must be in (1, 2],
-        and are not checked.
+        ``scaled_dot_product_attention``, with ``softcap`` as a dense computation), 2 is sparsemax.
+        A tensor of shape [heads] or [] gives one a head, and gets a gradient; on GPUs its numbers
+        must be in (1, 2], and are not checked.
     causal : bool
         Query i sees key j only if j ≤ i', that is, aligned at the end of the keys. (PyTorch's
         ``is_causal`` aligns at the beginning; the two agree where the lengths are equal.)

@@ -107,8 +107,9 @@ def entmax(
     Notes
     -----
     The threshold is solved in double precision: the result does not depend on a number of
-    iterations. The gradient is u ⊙ (g − u·g / Σu) with u = p^(2 − α) on the support (Peters, Niculae & Martins 2019, Proposition 2); the
-    one in α is that of Correia, Niculae & Martins (2019), continuous through α = 1.
+    iterations. The gradient is u ⊙ (g − u·g / Σu) with u = p^(2 − α) on the support (Peters,
+    Niculae & Martins 2019, Proposition 2); the one in α is that of Correia, Niculae & Martins
+    (2019), continuous through α = 1.
     """
     scores, rows, mask, number = _prepare(scores, alpha, "alpha", dim, mask)
     return _library.mapping(scores, rows, mask, MAPPING_ENTMAX, number, dim)

@@ -33,6 +33,8 @@ CLI::App* AddCommand(CLI::App& parent, Context& context, const std::string& name
   return command;
 }
 
+CLI::Validator SizeRange() { return CLI::Range(int64_t{1}, int64_t{1} << 32); }
+
 void AddSeed(CLI::App& command, uint64_t& seed, const std::string& description) {
   command.add_option("--seed", seed, description)
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 53))

@@ -13,7 +13,8 @@
 
 namespace CLI {
 class App;
-}
+class Validator;
+}  // namespace CLI
 
 namespace flash_entmax::cli {
 
@@ -62,6 +63,9 @@ struct Context {
 // selected; what it needs must outlive the parsing, so capture a shared_ptr to the options.
 CLI::App* AddCommand(CLI::App& parent, Context& context, const std::string& name,
                      const std::string& description, std::function<CommandResult()> action);
+
+// The check of options that are sizes: at least 1.
+CLI::Validator SizeRange();
 
 // --seed, from 0 to 2^53: what every program that reads the JSON can hold.
 void AddSeed(CLI::App& command, uint64_t& seed, const std::string& description);

@@ -56,13 +56,11 @@ std::string Explain(const CLI::App& program, const std::string& complaint, int a
   const bool named = std::any_of(known.begin(), known.end(), [&](const CLI::App* subcommand) {
     return subcommand->get_name() == first;
   });
-  if (!named && (first == "train" || first == "eval")) {
+  if (named || first[0] == '-') return complaint + " (see --help)";
+  if (first == "train" || first == "eval") {
     return first + ": this program was built without the lab; ./dev lab builds one that has it";
   }
-  if (first[0] != '-' && !named) {
-    return "got \"" + first + "\"; must be one of " + SubcommandNames(program);
-  }
-  return complaint + " (see --help)";
+  return "got \"" + first + "\"; must be one of " + SubcommandNames(program);
 }
 
 // The innermost (sub)command that was named.

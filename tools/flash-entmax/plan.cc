@@ -84,7 +84,7 @@ void AddPlanCommand(CLI::App& program, Context& context) {
   CLI::App* command =
       AddCommand(program, context, "plan", "Show how attention of given shapes would be run",
                  [&context, options] { return Plan(context.common, *options); });
-  const auto size = CLI::Range(int64_t{1}, int64_t{1} << 32);
+  const CLI::Validator size = SizeRange();
   command->add_option("--batch", options->batch, "Batch entries")
       ->check(size)
       ->capture_default_str();

@@ -37,9 +37,9 @@ class SSMaxScale(nn.Module):
 class ASEntmaxScale(nn.Module):
     r"""ASEntmax (Vasylenko, Pitorro, Martins & Treviso, ICLR 2026): a factor learnt from content.
 
-    The query at position i is scaled by 1 + βᵢ·log(i + 2)^γᵢ with
-    β = softplus(x·W_β + b_β) and γ = 2·tanh(x·W_γ + b_γ) predicted from the token's hidden state x. Both
-    projections start at zero, with b_β such that the factor starts at 1.05 everywhere.
+    The query at position i is scaled by 1 + βᵢ·log(i + 2)^γᵢ with β = softplus(x·W_β + b_β) and
+    γ = 2·tanh(x·W_γ + b_γ) predicted from the token's hidden state x. Both projections start at
+    zero, with b_β such that the factor starts at 1.05 everywhere.
 
     Parameters
     ----------

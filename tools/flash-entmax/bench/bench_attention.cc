@@ -156,7 +156,7 @@ void AddBenchAttentionCommand(CLI::App& bench, Context& context) {
   command->add_option("--alpha", options->alphas, "α > 0 to measure; several are compared in turn")
       ->delimiter(',')
       ->capture_default_str();
-  const auto size = CLI::Range(int64_t{1}, int64_t{1} << 32);
+  const CLI::Validator size = SizeRange();
   command->add_option("--batch", options->shape.batch, "Batch entries")
       ->check(size)
       ->capture_default_str();

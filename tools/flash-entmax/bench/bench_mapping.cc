@@ -185,7 +185,7 @@ void AddBenchMappingCommand(CLI::App& bench, Context& context) {
   command->footer(
       "α = 1 is this library's softmax. GB/s counts one reading of the scores and one writing of\n"
       "the probabilities.");
-  const auto size = CLI::Range(int64_t{1}, int64_t{1} << 32);
+  const CLI::Validator size = SizeRange();
   command->add_option("--rows", options->rows, "Rows")->check(size)->capture_default_str();
   command->add_option("--columns", options->columns, "Numbers in a row")
       ->check(size)
