@@ -20,8 +20,9 @@ ALLOWED = [
     (re.compile(r"ShortForwardKernelIf"), 4000),  # float32
     (re.compile(r"ShortForwardKernel.*Lb0E"), 2000),  # the same with general alpha and modifiers
     (re.compile(r"ShortForwardKernel"), 800),  # addresses, once a strip of 16 queries
-    (re.compile(r"GeneralBackward.*AlphaE2ELb0"), 1200),  # general alpha with optional results
-    (re.compile(r"GeneralBackward.*ELb0ELb0E"), 600),  # optional results: their sums
+    (re.compile(r"GeneralBackward.*AlphaE2.*ExtrasE2"), 1200),  # general alpha, optional results
+    (re.compile(r"GeneralBackward.*ExtrasE2"), 600),  # optional results: their sums
+    (re.compile(r"GeneralBackward.*ExtrasE1"), 400),  # sums of query_scale's gradient
     (re.compile(r"(GeneralBackward|TiledForward).*(If|Li256E)"), 128),  # float, 256 columns
     (re.compile(r"TiledForward.*Lb0EE"), 64),  # modifiers of the score: addresses, once a pass
     (re.compile(r"GeneralBackward"), 64),  # addresses, once a tile

@@ -25,11 +25,12 @@ __nv_bfloat16* Write(const at::Tensor& tensor) {
   return static_cast<__nv_bfloat16*>(tensor.mutable_data_ptr());
 }
 
-// The sum over the first dimension, flat. A product with ones: a reduction over so few columns
-// would keep a handful of multiprocessors busy.
-at::Tensor SumOfPartials(const at::Tensor& partial) {
-  const int64_t rows = partial.size(0);
-  return at::mv(partial.view({rows, -1}).t(), at::ones({rows}, partial.options()));
+// The sum of [kPartialRows, ...] over the first dimension, flat, in bfloat16.
+at::Tensor Sum(const at::Tensor& partial) {
+  at::Tensor sum =
+      at::empty({partial.numel() / kPartialRows}, partial.options().dtype(at::kBFloat16));
+  Check(Launch(SumOfPartials{partial.const_data_ptr<float>(), Write(sum), sum.numel()}, Stream()));
+  return sum;
 }
 
 class AddAndNormFunction : public torch::autograd::Function<AddAndNormFunction> {
@@ -66,7 +67,7 @@ class AddAndNormFunction : public torch::autograd::Function<AddAndNormFunction> 
                                   stream_out.mutable_data_ptr<float>(), Write(update_out),
                                   partial.mutable_data_ptr<float>(), update.size(0), width},
                Stream()));
-    const at::Tensor weights = SumOfPartials(partial).view({2, width}).to(update.scalar_type());
+    const at::Tensor weights = Sum(partial).view({2, width});
     return {stream_out, update_out, weights[0], weights[1]};
   }
 };
@@ -110,7 +111,7 @@ class EmbedAndNormFunction : public torch::autograd::Function<EmbedAndNormFuncti
     const at::Tensor one_hot =
         at::arange(context->saved_data["entries"].toInt(), tokens.options()).unsqueeze(1) == tokens;
     return {at::Tensor(), at::mm(one_hot.to(row_gradient.scalar_type()), row_gradient),
-            SumOfPartials(partial).to(row_gradient.scalar_type()), at::Tensor()};
+            Sum(partial), at::Tensor()};
   }
 };
 

@@ -155,6 +155,27 @@ __global__ void AddAndNormBackwardKernel(AddAndNormBackward a) {
   StoreColumnSums<2, kChunks>(column_sums, a.partial, a.width);
 }
 
+// A block has 32 columns, a warp every kWarps-th row of them.
+__global__ void SumOfPartialsKernel(SumOfPartials a) {
+  __shared__ float sums[kWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = 32 * static_cast<int64_t>(blockIdx.x) + lane;
+  float sum = 0.0f;
+  if (column < a.columns) {
+    static_assert(kPartialRows % kWarps == 0);
+#pragma unroll 11
+    for (int row = warp; row < kPartialRows; row += kWarps) {
+      sum += a.partial[row * a.columns + column];
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= a.columns) return;
+  sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) sum += sums[w][lane];
+  a.result[column] = __float2bfloat16(sum);
+}
+
 template <int kChunks>
 __global__ void EmbedAndNormForwardKernel(EmbedAndNormForward a) {
   const int lane = threadIdx.x % 32;
@@ -366,6 +387,11 @@ cudaError_t Launch(const AddAndNormForward& a, cudaStream_t stream) {
 }
 cudaError_t Launch(const AddAndNormBackward& a, cudaStream_t stream) {
   return DispatchWidth(a, stream);
+}
+
+cudaError_t Launch(const SumOfPartials& a, cudaStream_t stream) {
+  SumOfPartialsKernel<<<Blocks(a.columns, 32), kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
 }
 
 cudaError_t Launch(const EmbedAndNormForward& a, cudaStream_t stream) {

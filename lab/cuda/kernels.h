@@ -49,6 +49,14 @@ struct AddAndNormBackward {
 };
 cudaError_t Launch(const AddAndNormBackward& arguments, cudaStream_t stream);
 
+// Adds such partial sums up, in a fixed order.
+struct SumOfPartials {
+  const float* partial;  // [kPartialRows, columns]
+  __nv_bfloat16* result;
+  int64_t columns;
+};
+cudaError_t Launch(const SumOfPartials& arguments, cudaStream_t stream);
+
 // layers.h, EmbedAndNorm. inverse: [rows], the reciprocal root mean square for the backward pass.
 struct EmbedAndNormForward {
   const int64_t* tokens;

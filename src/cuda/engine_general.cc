@@ -18,11 +18,16 @@ struct SavedLayout {
   int64_t bytes = 0;
 };
 
+ShortBackwardPlan ShortPlan(const AttentionCall& call) {
+  return ShortBackwardPlan::Of(call.problem, static_cast<int>(SizeOf(call.dtype)),
+                               call.alpha_gradient);
+}
+
 SavedLayout LayOutSaved(const AttentionCall& call, void* base) {
   BufferPieces pieces(base);
   SavedLayout layout;
   layout.saved.threshold = pieces.Take<float>(call.Rows());
-  if (call.save) {
+  if (call.save && ShortPlan(call).query_rows == 0) {
     layout.saved.weighted_value =
         pieces.Take<char>(call.Rows() * call.problem.value_dim * SizeOf(call.dtype));
   }
@@ -146,6 +151,7 @@ Status BackwardGeneral(const AttentionCall& call, const DeviceInfo& device,
   backward.key_gradient = ToStrided(gradients.key.view());
   backward.value_gradient = ToStrided(gradients.value.view());
   backward.saved = LayOutSaved(call, saved).saved;
+  backward.short_rows = ShortPlan(call);
   backward.key_norms = layout.key_norms;
   backward.query_sizes = layout.query_sizes;
   backward.lowest_thresholds = layout.lowest_thresholds;

@@ -55,13 +55,14 @@ class Attention:
     def __init__(self, library, query, key, value, *, alpha=1.5, alpha_per_head=None, scale=None,
                  query_scale=None, causal=False, window=(-1, -1), key_lengths=None, slopes=None,
                  softcap=0.0, cu_query=None, cu_key=None, max_query=0, max_key=0, save=True,
-                 alpha_gradient=False, capacity=-1, engine="automatic", key_mask=None, bias=None,
+                 alpha_gradient=False, slope_gradient=True, capacity=-1, engine="automatic", key_mask=None, bias=None,
                  output=None, visit_all=False):
         self.library = library
         self.query, self.key, self.value = query, key, value
         self.keep = (alpha_per_head, query_scale, key_lengths, slopes, cu_query, cu_key, key_mask,
                      bias)
         self.slopes, self.query_scale = slopes, query_scale
+        self.wants_slope_gradient = slopes is not None and slope_gradient
         self.problem = ProblemArg(
             *[tensor_arg(t) for t in (query, key, value, alpha_per_head, query_scale, key_lengths,
                                       key_mask, bias, slopes, cu_query, cu_key)],
@@ -106,7 +107,7 @@ class Attention:
         self.gradients = gradients or [torch.full_like(t, math.nan) for t in
                                        (self.query, self.key, self.value)]
         self.alpha_gradient = make(heads) if self.options.alpha_gradient else None
-        self.slope_gradient = make(heads) if self.slopes is not None else None
+        self.slope_gradient = make(heads) if self.wants_slope_gradient else None
         self.scale_gradient = make(*self.query.shape[:3]) if self.query_scale is not None else None
         self.arg = GradientsArg(*[tensor_arg(t) for t in (
             output_gradient, *self.gradients, self.alpha_gradient, self.slope_gradient,

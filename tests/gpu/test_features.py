@@ -117,29 +117,20 @@ class TestFeatures:
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
-def test_hopper(library, engine, size, dtype, alpha):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_hopper(library, engine, size, dtype, alpha, scaled):
     for std in (1.0, 0.05, 4.0):
         call = make(queries=1111, size=size, dtype=dtype, alpha=alpha, std=std, causal=True)
+        if scaled:
+            call["query_scale"] = row_factors(1, 2, 1111)
         compare(run(library, call, engine=engine), call)
     call = make(batch=2, heads=4, kv_heads=2, queries=777, keys=1301, size=size, dtype=dtype,
                 alpha=alpha, layout="bnhd")
-    compare(run(library, call, engine=engine), call)
-
-
-@pytest.mark.parametrize("engine", ["screening", "tiles"])
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
-def test_hopper_query_scale(library, engine, size, dtype, alpha):
-    for std in (1.0, 0.05, 4.0):
-        call = make(queries=1111, size=size, dtype=dtype, alpha=alpha, std=std, causal=True,
-                    query_scale=row_factors(1, 2, 1111))
-        compare(run(library, call, engine=engine), call)
-    # Factors of either sign, and rows that all keys look the same to; any strides.
-    factor = torch.randn(2, 777, 4, generator=generator(3), device="cuda").transpose(1, 2)
-    factor[0, 1, 100:130] = 0.0
-    call = make(batch=2, heads=4, kv_heads=2, queries=777, keys=1301, size=size, dtype=dtype,
-                alpha=alpha, layout="bnhd", query_scale=factor)
+    if scaled:
+        # Factors of either sign, and rows that all keys look the same to; any strides.
+        factor = torch.randn(2, 777, 4, generator=generator(3), device="cuda").transpose(1, 2)
+        factor[0, 1, 100:130] = 0.0
+        call["query_scale"] = factor
     compare(run(library, call, engine=engine), call)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from cases import compare, make, run
+import reference
+from cases import GRADIENT_TOLERANCE, compare, generator, make, relative_error, run
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -18,6 +19,82 @@ def test_lengths(library, n, size, dtype):
     for settings in (dict(causal=True), {}, dict(causal=True, alpha=2.0)):
         call = make(batch=2, heads=3, queries=n, size=size, dtype=dtype, **settings)
         compare(run(library, call), call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
+@pytest.mark.parametrize("n", [5, 90, 96, 97, 128, 130, 512, 700])
+def test_slopes_and_factors(library, n, alpha, dtype):
+    """Heads as the lab trains them: a slope, or a factor a row; without the slopes' gradient too."""
+    slopes = torch.tensor([1.0, 0.5, 0.0, 0.0], device="cuda")
+    factors = torch.ones(2, 4, n, device="cuda")
+    factors[:, 2:] = 1.0 + torch.rand(2, 2, n, generator=generator(n), device="cuda")
+    for causal in (True, False):
+        call = make(batch=2, heads=4, queries=n, size=32, dtype=dtype, alpha=alpha, causal=causal,
+                    slopes=slopes, query_scale=factors)
+        for slope_gradient in (False, True):
+            compare(run(library, call, engine="general", slope_gradient=slope_gradient), call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("queries,keys", [(1, 1), (1, 144), (144, 1), (33, 90), (90, 33), (16, 96),
+                                          (112, 112), (113, 128), (130, 130), (144, 144),
+                                          (145, 144)])
+def test_one_block_backward(library, queries, keys, dtype):
+    """Up to 144 rows of up to 32 columns have a backward kernel of their own."""
+    lengths = torch.tensor([0, 1, keys // 2 + 1, keys], dtype=torch.int32, device="cuda")
+    alpha = torch.tensor([1.5, 1.25, 2.0], device="cuda")
+    for settings in (dict(causal=True), {}, dict(window=(20, 7)), dict(window=(0, 0)),
+                     dict(key_lengths=lengths), dict(key_lengths=lengths, causal=True),
+                     dict(alpha_per_head=alpha), dict(scale=0.0),
+                     # Of one key the gradient of the slopes is 0: rounding, times distances.
+                     dict(slopes=-0.1 * alpha) if keys > 1 else {},
+                     dict(std=6.0, causal=True), dict(layout="gaps", causal=True),
+                     dict(layout="bnhd", size=24, value_size=16), dict(size=7, value_size=29)):
+        call = make(**{**dict(batch=4, heads=3, queries=queries, keys=keys, size=32, dtype=dtype),
+                       **settings})
+        compare(run(library, call), call)
+
+
+def test_shared_keys_and_alpha_gradient_of_short_rows(library):
+    """What that kernel does not do."""
+    for settings in (dict(heads=4, kv_heads=2), dict(softcap=3.0), dict(alpha=1.3)):
+        call = make(batch=2, queries=90, size=32, causal=True, **settings)
+        compare(run(library, call, alpha_gradient="alpha" in settings), call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("where", ["query", "key", "value", "output_gradient"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_beside_bad_numbers(library, where, bad, dtype):
+    """A bad number at row 40 of one head reaches what depends on it, and nothing else."""
+    call = make(batch=2, heads=3, queries=90, size=32, dtype=dtype, causal=True)
+    want = reference.attention(call)
+    clean = run(library, call)
+    call[where][1, 2, 40, 3] = bad
+    dirty = run(library, call)
+    beside = torch.ones(2, 3, dtype=torch.bool, device="cuda")
+    beside[1, 2] = False
+    for got, same in zip(dirty.gradients, clean.gradients):
+        assert torch.equal(got[beside], same[beside])
+    of_query, of_key, of_value = (torch.isfinite(g[1, 2]).all(-1) for g in dirty.gradients)
+    if where in ("query", "output_gradient"):
+        assert of_query.nonzero()[:, 0].tolist() == [i for i in range(90) if i != 40]
+        assert of_key[41:].all() and of_value[41:].all()
+        kept = want["parts"][1]["p"][2, 40] > 1e-3
+        assert not (of_value if where == "output_gradient" else of_key)[kept].any()
+        close = of_query
+    else:
+        # A key's bad number is in the score of every row that sees it, unless that becomes -inf; a
+        # value's only in the sums of rows that keep it.
+        p = want["parts"][1]["p"][2, :, 40]
+        assert of_query[:40].all()
+        if where == "value" or math.isnan(bad):
+            assert not of_query[p > 1e-3].any()
+        assert where == "key" or of_query[p == 0].all()
+        close = of_query & (p == 0)
+    error = relative_error(dirty.gradients[0][1, 2, close], clean.gradients[0][1, 2, close])
+    assert error <= GRADIENT_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("size", [32, 64])

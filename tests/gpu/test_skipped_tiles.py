@@ -53,9 +53,10 @@ def both_ways(library, call, **options):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("n", [700, 3000])
 @pytest.mark.parametrize("causal", [True, False])
-def test_nape(library, n, dtype, causal):
+@pytest.mark.parametrize("slope_gradient", [True, False])
+def test_nape(library, n, dtype, causal, slope_gradient):
     call = make(heads=4, queries=n, dtype=dtype, causal=causal, slopes=nape(4))
-    compare(both_ways(library, call), call)
+    compare(both_ways(library, call, slope_gradient=slope_gradient), call)
 
 
 def test_nape_long(library):

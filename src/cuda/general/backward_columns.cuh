@@ -69,10 +69,6 @@ struct KeyRows {
   static __device__ __forceinline__ float2 Pair(const float* values, int column) {
     return *reinterpret_cast<const float2*>(values + column);
   }
-  __device__ __forceinline__ RowScore ScoreOf(const Queries& queries, int query) const {
-    return {queries.factor[query], queries.curve.order, queries.slope,
-            queries.first + query + place.part.keys - place.part.queries};
-  }
 
   // Adds what a streamed tile of queries contributes.
   __device__ __forceinline__ void Add(const Own& key, const Own& value, const Queries& queries) {
@@ -116,11 +112,17 @@ struct KeyRows {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = factor * dot[m][t][e]; });
     } else {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
-      ToZ<4 * kTiles * kRowTiles>(
-          call.problem.softcap,
+      const SequencePart& part = place.part;
+      ToZ<4 * kTiles * kRowTiles, Variant::kAll>(
+          call.problem, queries.curve.order, queries.slope,
+          queries.first + offset + Column(0) + part.keys - part.queries - Row(0, 0),
           [&](int i) -> float& { return w[i / (4 * kTiles)][i / 4 % kTiles][i % 4]; },
-          [&](int i) { return ScoreOf(queries, offset + Column(i / 4 % kTiles) + i % 2); },
-          [&](int i) { return Row(i / (4 * kTiles), i / 2 % 2); });
+          [&](int i) {
+            return queries.curve.order * queries.factor[offset + Column(i / 4 % kTiles) + i % 2];
+          },
+          [](int i) {
+            return 8 * (i / 4 % kTiles) + i % 2 - 16 * (i / (4 * kTiles)) - 8 * (i / 2 % 2);
+          });
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -146,9 +148,9 @@ struct KeyRows {
   __device__ __forceinline__ void WeightsAndGradients(const Queries& queries, const Scores& dot,
                                                       int offset, Scores& w, Scores& x) const {
     const auto factor = [&](int t, int e) { return queries.factor[offset + Column(t) + e % 2]; };
-    if (!Variant::kPlain && call.problem.softcap > 0.0f) {
+    if (Variant::kAll && call.problem.softcap > 0.0f) {
       ForAll(x, [&](int m, int t, int e) {
-        x[m][t][e] *= RowScore::CapDerivative(call.problem.softcap, factor(t, e), dot[m][t][e]);
+        x[m][t][e] *= CapDerivative(call.problem.softcap, factor(t, e), dot[m][t][e]);
       });
     }
     ForAll(x, [&](int m, int t, int e) {
@@ -304,7 +306,7 @@ __device__ __forceinline__ bool BackwardColumns(const GeneralBackward& call, int
                                       head,
                                       first,
                                       CurveOf<Variant::kMode>(problem, head),
-                                      problem.slopes ? problem.slopes[head] : 0.0f};
+                                      SlopeOf(problem, head)};
     static_assert(kStreamed <= 16 * Shape::kWarps);
     if (16 * warp < kStreamed) {
       float delta[2];
@@ -315,8 +317,7 @@ __device__ __forceinline__ bool BackwardColumns(const GeneralBackward& call, int
       }
     }
     if (!Variant::kPlain && thread < kStreamed) {
-      shared.Factor()[thread] =
-          RowScore::Of(problem, part, head, streamed.curve.order, first + thread).factor;
+      shared.Factor()[thread] = FactorOf(problem, part, head, first + thread);
     }
     __syncthreads();  // Delta and factors are here, and the means have been read.
     if (Shape::kStages == 2 && more) load_mean(next_member, next_first);

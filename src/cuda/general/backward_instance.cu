@@ -1,11 +1,13 @@
 // The launch of the general backward for one element type and padded head size, given by
 // FLASH_ENTMAX_ELEMENT and FLASH_ENTMAX_HEAD_DIM.
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
 
 #include "general/backward_columns.cuh"
 #include "general/backward_rows.cuh"
+#include "general/backward_short.cuh"
 #include "general/launch.h"
 #include "general/prepare_bounds.h"
 
@@ -89,15 +91,40 @@ cudaError_t Launch(const GeneralBackward& call, const BackwardGrid& grid, int bl
 }
 
 template <class Element, int kHeadDim, Alpha kMode>
+cudaError_t LaunchShort(const GeneralBackward& call, cudaStream_t stream) {
+  const ShortBackwardPlan& plan = call.short_rows;
+  const int bytes = plan.Bytes();
+  const auto kernel = ShortBackwardKernel<Element, kHeadDim, kMode>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = static_cast<int64_t>(call.problem.batch) * call.problem.heads;
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  // Large blocks are few on a multiprocessor.
+  const int threads = std::max(plan.query_rows, plan.key_rows) > 112 ? kMostShortThreads : 128;
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(call, plan);
+  return cudaGetLastError();
+}
+
+template <class Element, int kHeadDim, Alpha kMode>
 cudaError_t LaunchMode(const GeneralBackward& call, const BackwardGrid& grid, int blocks,
                        cudaStream_t stream) {
   const GeneralProblem& problem = call.problem;
-  const bool plain = problem.softcap == 0.0f && !problem.slopes && !problem.query_scale &&
-                     !call.alpha_rows && !call.slope_rows && !call.query_scale_rows;
-  return plain ? Launch<BackwardVariant<Element, kHeadDim, kMode, true, false>>(call, grid, blocks,
-                                                                                stream)
-               : Launch<BackwardVariant<Element, kHeadDim, kMode, false, false>>(call, grid, blocks,
-                                                                                 stream);
+  if constexpr (sizeof(Element) == 2 && kHeadDim == 32) {
+    if (call.short_rows.query_rows > 0) {
+      return LaunchShort<Element, kHeadDim, kMode>(call, stream);
+    }
+  }
+  const auto launch = [&]<Extras kExtras>() {
+    return Launch<BackwardVariant<Element, kHeadDim, kMode, kExtras, false>>(call, grid, blocks,
+                                                                             stream);
+  };
+  if (problem.softcap > 0.0f || call.alpha_rows || call.slope_rows) {
+    return launch.template operator()<Extras::kAll>();
+  }
+  return problem.slopes || problem.query_scale || call.query_scale_rows
+             ? launch.template operator()<Extras::kCommon>()
+             : launch.template operator()<Extras::kNone>();
 }
 
 }  // namespace

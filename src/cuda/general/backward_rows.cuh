@@ -45,7 +45,7 @@ struct RowSums {
   float entropy = 0.0f;           // h = -p log p
   float entropy_gradient = 0.0f;  // h X
   float distance = 0.0f;          // dS (-|i' - j|)
-  float product = 0.0f;           // dR scale q.k
+  float product = 0.0f;           // dR q.k
   float u_distance = 0.0f;        // the same two with u in place of dS
   float u_product = 0.0f;
 };
@@ -81,7 +81,7 @@ struct QueryRows {
         place(block_place),
         row(first_row),
         column(first_column),
-        slope(backward.problem.slopes ? backward.problem.slopes[block_place.head] : 0.0f),
+        slope(SlopeOf(backward.problem, block_place.head)),
         gradient_scale(scale_of_gradients) {
     const SequencePart part = place.part;
     const float* const saved = call.saved.threshold + FirstResult();
@@ -92,9 +92,8 @@ struct QueryRows {
         const int r = Row(m, half);
         // Rows past the end have no weights.
         threshold[m][half] = r < part.queries ? saved[r] : __int_as_float(0x7f800000);
-        factor[m][half] = Variant::kPlain
-                              ? call.problem.scale
-                              : RowScore::Of(call.problem, part, place.head, curve.order, r).factor;
+        factor[m][half] =
+            Variant::kPlain ? call.problem.scale : FactorOf(call.problem, part, place.head, r);
       }
     }
   }
@@ -112,9 +111,12 @@ struct QueryRows {
   static __device__ __forceinline__ int Key(int chunk, int t, int e) {
     return chunk + 8 * t + 2 * (static_cast<int>(threadIdx.x) % 4) + e % 2;
   }
-  __device__ __forceinline__ RowScore ScoreOf(int m, int half) const {
-    return {factor[m][half], curve.order, slope,
-            Row(m, half) + place.part.keys - place.part.queries};
+  // i' - j of the thread's first row and key of a chunk; the others are Distance(..) away.
+  __device__ __forceinline__ int FirstDistance(int chunk) const {
+    return Row(0, 0) + place.part.keys - place.part.queries - Key(chunk, 0, 0);
+  }
+  static __device__ __forceinline__ int Distance(int m, int t, int e) {
+    return 16 * m + 8 * (e / 2) - 8 * t - e % 2;
   }
 
   // Adds what a streamed tile of keys, the first of them `first`, contributes.
@@ -150,11 +152,11 @@ struct QueryRows {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = plain_factor * dot[m][t][e]; });
     } else {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
-      ToZ<4 * kTiles * kRowTiles>(
-          call.problem.softcap,
+      ToZ<4 * kTiles * kRowTiles, Variant::kAll>(
+          call.problem, curve.order, slope, FirstDistance(chunk),
           [&](int i) -> float& { return w[i / (4 * kTiles)][i / 4 % kTiles][i % 4]; },
-          [&](int i) { return ScoreOf(i / (4 * kTiles), i / 2 % 2); },
-          [&](int i) { return Key(chunk, i / 4 % kTiles, i % 4); });
+          [&](int i) { return curve.order * factor[i / (4 * kTiles)][i / 2 % 2]; },
+          [](int i) { return Distance(i / (4 * kTiles), i / 4 % kTiles, i % 4); });
     }
     ForAll(w, [&](int m, int t, int e) { w[m][t][e] -= threshold[m][e / 2]; });
     if (masked) {
@@ -176,11 +178,11 @@ struct QueryRows {
   __device__ __forceinline__ void ScoreGradients(const Scores& dot, const Scores& w, int chunk,
                                                  Scores& x) {
     if constexpr (!Variant::kPlain) {
-      if (call.alpha_rows || call.slope_rows || call.query_scale_rows) {
+      if ((Variant::kAll && (call.alpha_rows || call.slope_rows)) || call.query_scale_rows) {
         AddToResults(dot, w, chunk, x);
       }
-      if (call.problem.softcap > 0.0f) {
-        ForAll(x, [&](int m, int t, int e) { x[m][t][e] *= CapDerivative(m, e, dot[m][t][e]); });
+      if (Variant::kAll && call.problem.softcap > 0.0f) {
+        ForAll(x, [&](int m, int t, int e) { x[m][t][e] *= CapDerivativeOf(m, e, dot[m][t][e]); });
       }
     }
     ForAll(x, [&](int m, int t, int e) {
@@ -196,8 +198,8 @@ struct QueryRows {
   __device__ __forceinline__ Probability ProbabilityOf(float w) const {
     return Probability::Of<Variant::kMode>(w, curve.inverse - 1.0f);
   }
-  __device__ __forceinline__ float CapDerivative(int m, int e, float dot) const {
-    return RowScore::CapDerivative(call.problem.softcap, factor[m][e / 2], dot);
+  __device__ __forceinline__ float CapDerivativeOf(int m, int e, float dot) const {
+    return CapDerivative(call.problem.softcap, factor[m][e / 2], dot);
   }
 
   // Adds to the sums of the rows; x = dP - delta. A loop for each result, since most calls want at
@@ -215,10 +217,10 @@ struct QueryRows {
       sums.u += u;
       sums.u_gradient = fmaf(u, x[m][t][e], sums.u_gradient);
     });
-    if (call.slope_rows) {
+    if (Variant::kAll && call.slope_rows) {
+      const float origin = static_cast<float>(FirstDistance(chunk));
       for_weights([&](int m, int t, int e, float u, RowSums& sums) {
-        const int position = Row(m, e / 2) + place.part.keys - place.part.queries;
-        const float distance = u * fabsf(static_cast<float>(position - Key(chunk, t, e)));
+        const float distance = u * fabsf(origin + static_cast<float>(Distance(m, t, e)));
         sums.u_distance -= distance;
         sums.distance = fmaf(-distance, x[m][t][e], sums.distance);
       });
@@ -226,19 +228,19 @@ struct QueryRows {
     if (call.query_scale_rows) {
       const auto add = [&](bool capped) {
         for_weights([&](int m, int t, int e, float u, RowSums& sums) {
-          float product = u * call.problem.scale * dot[m][t][e];
-          if (capped) product *= CapDerivative(m, e, dot[m][t][e]);
-          sums.u_product += product;
-          sums.product = fmaf(product, x[m][t][e], sums.product);
+          float product = dot[m][t][e];
+          if (capped) product *= CapDerivativeOf(m, e, dot[m][t][e]);
+          sums.u_product = fmaf(u, product, sums.u_product);
+          sums.product = fmaf(u * x[m][t][e], product, sums.product);
         });
       };
-      if (call.problem.softcap > 0.0f) {
+      if (Variant::kAll && call.problem.softcap > 0.0f) {
         add(true);
       } else {
         add(false);
       }
     }
-    if (call.alpha_rows) {
+    if (Variant::kAll && call.alpha_rows) {
       ForAll(x, [&](int m, int t, int e) {
         if (w[m][t][e] == 0.0f) return;
         AddToAlpha(w[m][t][e], ProbabilityOf(w[m][t][e]).p, x[m][t][e], &results[m][e / 2]);
@@ -272,15 +274,17 @@ struct QueryRows {
         // The mean under u of what should have mean zero: the delta that was subtracted came from a
         // rounded mean of V.
         const float mean = u == 0.0f ? 0.0f : u_gradient / u;
-        if (call.alpha_rows) {
+        if (Variant::kAll && call.alpha_rows) {
           const float m1 = curve.inverse;
           call.alpha_rows[first + r] =
               u == 0.0f ? 0.0f
                         : m1 * (m1 * (p_gradient - mean) + (entropy_gradient - mean * entropy));
         }
-        if (call.slope_rows) call.slope_rows[first + r] = distance - mean * u_distance;
+        if (Variant::kAll && call.slope_rows) {
+          call.slope_rows[first + r] = distance - mean * u_distance;
+        }
         if (call.query_scale_rows) {
-          call.query_scale_rows[first + r] = product - mean * u_product;
+          call.query_scale_rows[first + r] = call.problem.scale * (product - mean * u_product);
         }
       }
     }

@@ -460,27 +460,35 @@ __device__ __forceinline__ void StoreTile(const SharedTile<Element, kHeadDim>& t
   }
 }
 
+// What a call may have beside queries, keys and values. A softcap, which needs the dot products
+// once more, and the sums for other results would take the registers of one block of three.
+enum class Extras {
+  kNone,
+  kCommon,  // slopes, query_scale and its gradient
+  kAll,     // also a softcap and the gradients of alpha and slopes
+};
+
 // One compiled form of the backward.
 //   kMode     kGeneral serves every alpha, also one a head.
-//   kPlain    without softcap, slopes, query_scale and results per row.
 //   kCareful  what a block runs again if a sum is not finite: NaN and infinities are cleared from
 //             streamed rows and pairs of weight zero are left out. Only results that are not finite
 //             are replaced. In fp16 possibly a third time, with score gradients scaled down, in
 //             case they were too large for a fragment.
-template <class ElementType, int kColumns, Alpha kAlphaMode, bool kIsPlain, bool kIsCareful>
+template <class ElementType, int kColumns, Alpha kAlphaMode, Extras kExtras, bool kIsCareful>
 struct BackwardVariant {
   using Element = ElementType;
   static constexpr int kHeadDim = kColumns;
   static constexpr Alpha kMode = kAlphaMode;
-  static constexpr bool kPlain = kIsPlain;
+  static constexpr bool kPlain = kExtras == Extras::kNone;
+  static constexpr bool kAll = kExtras == Extras::kAll;
   static constexpr bool kCareful = kIsCareful;
   using Shape = BackwardShape<Element, kHeadDim>;
   // Sets the limit of registers: 168 or 255.
-  static constexpr int kBlocksPerMultiprocessor = kPlain && Shape::kRowBytes <= 128 ? 3 : 2;
+  static constexpr int kBlocksPerMultiprocessor = !kAll && Shape::kRowBytes <= 128 ? 3 : 2;
   using Shared = BackwardShared<Element, kHeadDim>;
   using Tile = SharedTile<Element, kHeadDim>;
   using Own = OwnOperand<Element, kHeadDim>;
-  using Careful = BackwardVariant<Element, kHeadDim, Alpha::kGeneral, false, true>;
+  using Careful = BackwardVariant<Element, kHeadDim, Alpha::kGeneral, Extras::kAll, true>;
 };
 
 constexpr float kScaleDown = 1.0f / 4096.0f;

@@ -213,9 +213,9 @@ cudaError_t LaunchForward(const GeneralForward& call, int multiprocessors, cudaS
     return TryShort<Element, kHeadDim, kSplit, kFast>(call, limits, multiprocessors, stream,
                                                       &launched);
   };
-  if (sizeof(Element) == 2 && kHeadDim == 32 && kFast && keys <= 96) {
+  if (sizeof(Element) == 2 && kHeadDim == 32 && keys <= 96) {
     // Fewer scores to hold, so more warps a multiprocessor. The most common short rows only.
-    if constexpr (sizeof(Element) == 2 && kHeadDim == 32 && kFast) {
+    if constexpr (sizeof(Element) == 2 && kHeadDim == 32) {
       error = TryShort<Element, kHeadDim, 1, kFast, 6>(call, limits, multiprocessors, stream,
                                                        &launched);
     }

@@ -17,8 +17,8 @@ struct ShortProduct : ShortStrip<Element, kHeadDim, kSplit, kFast, kHeldBlocks> 
   using Strip::coefficient;
   using Strip::curve;
   using Strip::end_row;
-  using Strip::ForBlocks;
   using Strip::first_row;
+  using Strip::ForBlocks;
   using Strip::head;
   using Strip::part;
   using Strip::score;

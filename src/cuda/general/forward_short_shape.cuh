@@ -26,7 +26,7 @@ struct ShortShape {
   static constexpr int kTurns = 2;  // strips a team has in a stage
   // Threads of a block, at most: sets the registers of a thread, 96, 128 or 168.
   static constexpr int MaxThreads(bool fast) {
-    if (kBlocks < 8) return 640;
+    if (kBlocks < 8) return fast ? 640 : 512;
     return kSplit > 1 || (fast && sizeof(Element) == 2) ? 512 : 384;
   }
   // Output columns whose sums a warp has at a time.

@@ -1,6 +1,6 @@
-// What one team of warps of the short forward kernel does with one strip of 16 queries to find their
-// thresholds. forward_short.cuh has the algorithm and the kernel, forward_short_product.cuh what
-// follows: products and stores.
+// What one team of warps of the short forward kernel does with one strip of 16 queries to find
+// their thresholds. forward_short.cuh has the algorithm and the kernel, forward_short_product.cuh
+// what follows: products and stores.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_STRIP_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_STRIP_CUH_
 
@@ -124,21 +124,22 @@ struct ShortStrip {
   // From dot products to z (unless they are proportional), hidden keys to -inf.
   __device__ __forceinline__ void FinishScores() {
     const int lane = threadIdx.x % 32;
-    RowScore rule[2];
+    const float slope = kFast ? 0.0f : SlopeOf(call.problem, head);
+    float factor[2];
     KeyRange range[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if constexpr (!kFast) {
-        rule[i] = RowScore::Of(call.problem, part, head, curve.order, Row(i));
-      }
+      if constexpr (!kFast) factor[i] = curve.order * FactorOf(call.problem, part, head, Row(i));
       range[i] = KeyRange::Of(call.problem, part, Row(i));
     }
     ForBlocks([&](int block, int first) {
       if constexpr (!kFast) {
         ToZ<8>(
-            call.problem.softcap, [&](int e) -> float& { return score[block][e / 4][e % 4]; },
-            [&](int e) -> const RowScore& { return rule[e / 2 % 2]; },
-            [&](int e) { return first_key + first + e / 4 * 8 + lane % 4 * 2 + e % 2; });
+            call.problem, curve.order, slope,
+            Row(0) + part.keys - part.queries - first_key - first - lane % 4 * 2,
+            [&](int e) -> float& { return score[block][e / 4][e % 4]; },
+            [&](int e) { return factor[e / 2 % 2]; },
+            [](int e) { return 8 * (e / 2 % 2) - 8 * (e / 4) - e % 2; });
       }
       if (first < clear_first || first + 16 > clear_end) {
 #pragma unroll

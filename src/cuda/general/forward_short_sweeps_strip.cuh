@@ -66,7 +66,7 @@ struct SweepStrip {
     for (int i = 0; i < kRows; ++i) {
       end[i] = KeyRange::Of(problem, part, Row(i)).end - first_key - lane % 4 * 2;
       if constexpr (!kFast) {
-        factor[i] = RowScore::Of(problem, part, head, curve.order, Row(i)).factor;
+        factor[i] = curve.order * FactorOf(problem, part, head, Row(i));
       }
     }
     key_address = SharedAddress(key.At(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8)) +
@@ -104,14 +104,12 @@ struct SweepStrip {
     const int first = 16 * block;
     if constexpr (!kFast) {
       const int key = first_key + first + Lane() % 4 * 2;
-      const float slope = call.problem.slopes ? call.problem.slopes[head] : 0.0f;
       ToZ<8 * kCount>(
-          call.problem.softcap, [&](int e) -> float& { return score[e / 8][e / 4 % 2][e % 4]; },
-          [&](int e) -> RowScore {
-            const int i = 2 * kFirst + e / 8 * 2 + e / 2 % 2;
-            return {factor[i], curve.order, slope, Row(i) + part.keys - part.queries};
-          },
-          [&](int e) { return key + e / 4 % 2 * 8 + e % 2; });
+          call.problem, curve.order, SlopeOf(call.problem, head),
+          Row(2 * kFirst) + part.keys - part.queries - key,
+          [&](int e) -> float& { return score[e / 8][e / 4 % 2][e % 4]; },
+          [&](int e) { return factor[2 * kFirst + e / 8 * 2 + e / 2 % 2]; },
+          [](int e) { return kStripRows * (e / 8) + 8 * (e / 2 % 2) - 8 * (e / 4 % 2) - e % 2; });
     }
     if (first + 16 > clear_end) {
 #pragma unroll

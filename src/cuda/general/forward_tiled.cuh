@@ -50,7 +50,8 @@ struct TiledStrip {
   int first_key, end_key;      // keys that some row of the strip sees
   int clear_first, clear_end;  // keys that every row of the strip sees
   float coefficient;           // z = coefficient * score
-  RowScore rule[2];
+  float slope;
+  float factor[2];  // (alpha - 1) scale query_scale
   float maximum[2], threshold[2];
   typename M::A held[kHoldQuery ? kSteps : 1];
 
@@ -68,10 +69,11 @@ struct TiledStrip {
       clear_end = top.end;
     }
     coefficient = kFast ? curve.order * problem.scale : 1.0f;
+    slope = kFast ? 0.0f : SlopeOf(problem, head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       range[i] = KeyRange::Of(problem, part, row + 8 * i);
-      if constexpr (!kFast) rule[i] = RowScore::Of(problem, part, head, curve.order, row + 8 * i);
+      if constexpr (!kFast) factor[i] = curve.order * FactorOf(problem, part, head, row + 8 * i);
     }
     if constexpr (kHoldQuery) {
 #pragma unroll
@@ -124,8 +126,10 @@ struct TiledStrip {
     };
     if constexpr (!kFast) {
       ToZ<4 * kTiles>(
-          call.problem.softcap, [&](int e) -> float& { return score[e / 4][e % 4]; },
-          [&](int e) -> const RowScore& { return rule[e / 2 % 2]; }, key_of);
+          call.problem, curve.order, slope, row + part.keys - part.queries - key_of(0),
+          [&](int e) -> float& { return score[e / 4][e % 4]; },
+          [&](int e) { return factor[e / 2 % 2]; },
+          [](int e) { return 8 * (e / 2 % 2) - 8 * (e / 4) - e % 2; });
     }
     if (first < clear_first || first + kTileKeys > clear_end) {
 #pragma unroll
@@ -291,7 +295,7 @@ struct TiledStrip {
       }
       squares = QuadSum(squares);
       if (range[i].end <= range[i].first) continue;
-      const float own_size = fabsf(rule[i].factor) * NormBound(squares, kQueryNormSlack);
+      const float own_size = fabsf(factor[i]) * NormBound(squares, kQueryNormSlack);
       const float own_bound = __fadd_rd(maximum[i], threshold[i] - kBoundMargin);
       size = fmaxf(size, isnan(own_size) ? INFINITY : own_size);
       lowest = fminf(lowest, isnan(own_bound) ? -INFINITY : own_bound);

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "general/problem.h"
+#include "general/short_backward_plan.h"
 
 namespace flash_entmax::cuda {
 
@@ -26,6 +27,7 @@ struct GeneralForward {
 // Optional results are null.
 struct GeneralBackward {
   GeneralProblem problem;
+  ShortBackwardPlan short_rows;
   StridedTensor query, key, value, output_gradient;
   StridedTensor query_gradient, key_gradient, value_gradient;
   GeneralSaved saved;
@@ -36,7 +38,7 @@ struct GeneralBackward {
   float* query_scale_rows = nullptr;
   // Workspace as in the forward, and for the queries; all null or none.
   float* key_norms = nullptr;
-  float* query_sizes = nullptr;        // largest |scale query_scale| |q| of each group
+  float* query_sizes = nullptr;        // largest |(alpha - 1) scale query_scale| |q|, each group
   float* lowest_thresholds = nullptr;  // -inf where nothing may be skipped
   bool visit_all = false;
 };

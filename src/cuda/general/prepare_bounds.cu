@@ -88,7 +88,7 @@ __device__ __forceinline__ void PrepareQueries(const PrepareBounds& call, int he
     if (seen.end <= seen.first) continue;  // no such row, or one that sees no key
     const float squares = Squares(queries + row * call.query.row, call.query.column,
                                   problem.head_dim, call.query.vectors);
-    const float factor = RowScore::Of(problem, part, head, 1.0f, row).factor;
+    const float factor = AlphaCurve::Of(problem, head).order * FactorOf(problem, part, head, row);
     const float size = fabsf(factor) * NormBound(squares, kQueryNormSlack);
     largest = fmaxf(largest, isnan(size) ? INFINITY : size);
     minus_lowest = fmaxf(minus_lowest, isnan(threshold[row]) ? INFINITY : -threshold[row]);

@@ -107,7 +107,7 @@ struct BoundGroups {
 struct GeneralSaved {
   float* threshold = nullptr;  // tau in z = (alpha - 1) s; NaN for rows that see no key
   // Mean of V under u = p^(2 - alpha), contiguous rows of value_dim, in the element type. Only with
-  // a backward to come.
+  // a backward to come that needs it (ShortBackwardPlan).
   void* weighted_value = nullptr;
 };
 

@@ -147,57 +147,53 @@ struct KeyRange {
   }
 };
 
-// One row's way from dot products to z.
-struct RowScore {
-  float factor;  // scale * query_scale
-  float order;   // alpha - 1
-  float slope;   // 0: none
-  int position;  // i'
-
-  static __device__ __forceinline__ RowScore Of(const GeneralProblem& problem,
-                                                const SequencePart& part, int head, float order,
-                                                int row) {
-    float factor = problem.scale;
-    if (problem.query_scale && row < part.queries) {
-      factor *= problem.query_scale[part.batch * problem.query_scale_stride[0] +
-                                    head * problem.query_scale_stride[1] +
-                                    static_cast<int64_t>(part.first_query + row) *
-                                        problem.query_scale_stride[2]];
-    }
-    return {factor, order, problem.slopes ? problem.slopes[head] : 0.0f,
-            row + part.keys - part.queries};
+// scale * query_scale of a row; rows past the end have the scale alone.
+__device__ __forceinline__ float FactorOf(const GeneralProblem& problem, const SequencePart& part,
+                                          int head, int row) {
+  float factor = problem.scale;
+  if (problem.query_scale && row < part.queries) {
+    factor *= problem.query_scale[part.batch * problem.query_scale_stride[0] +
+                                  head * problem.query_scale_stride[1] +
+                                  static_cast<int64_t>(part.first_query + row) *
+                                      problem.query_scale_stride[2]];
   }
+  return factor;
+}
 
-  // The three steps from a dot product to z of key `key` (counted inside the sequence).
-  __device__ __forceinline__ float Scale(float dot) const { return factor * dot; }
-  static __device__ __forceinline__ float Cap(float softcap, float s) {
-    return softcap * tanhf(s / softcap);
-  }
-  __device__ __forceinline__ float AddSlope(float s, int key) const {
-    return order * fmaf(-slope, fabsf(static_cast<float>(position - key)), s);
-  }
+__device__ __forceinline__ float SlopeOf(const GeneralProblem& problem, int head) {
+  return problem.slopes ? problem.slopes[head] : 0.0f;
+}
 
-  // ds / d(scale * query_scale * dot): 1 - tanh^2. Only with a softcap.
-  static __device__ __forceinline__ float CapDerivative(float softcap, float factor, float dot) {
-    const float t = tanhf(factor * dot / softcap);
-    return fmaf(-t, t, 1.0f);
-  }
-};
+__device__ __forceinline__ float Capped(float cap, float s) { return cap * tanhf(s / cap); }
+// ds / d(scale * query_scale * dot): 1 - tanh^2. Only with a softcap.
+__device__ __forceinline__ float CapDerivative(float softcap, float factor, float dot) {
+  const float t = tanhf(factor * dot / softcap);
+  return fmaf(-t, t, 1.0f);
+}
 
-// Turns kCount dot products of a thread into z. score(e) is a reference to the e-th, rule(e) the
-// RowScore of its row, key(e) its key. The steps are loops of their own: the hyperbolic tangents,
-// hundreds of instructions that are nearly never wanted, are then passed over in one jump; one jump
-// a score made the instruction cache the bound of every kernel with slopes.
-template <int kCount, class ScoreOf, class RuleOf, class KeyOf>
-__device__ __forceinline__ void ToZ(float softcap, ScoreOf score, RuleOf rule, KeyOf key) {
+// Turns kCount dot products of a thread into z. score(e) is a reference to the e-th, factor(e) is
+// (alpha - 1) scale query_scale of its row, base + distance(e) its i' - j: the distances of a
+// thread's scores differ by constants, so that one number is converted and not one a score, which
+// takes eight times as long as a sum. What is rarely wanted are loops of their own, passed over in
+// one jump: the tangents are hundreds of instructions, and a jump a score made the instruction
+// cache the bound of every kernel with slopes.
+template <int kCount, bool kMayCap = true, class ScoreOf, class FactorOfScore, class DistanceOf>
+__device__ __forceinline__ void ToZ(const GeneralProblem& problem, float order, float slope,
+                                    int base, ScoreOf score, FactorOfScore factor,
+                                    DistanceOf distance) {
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) score(e) = rule(e).Scale(score(e));
-  if (softcap > 0.0f) {
+  for (int e = 0; e < kCount; ++e) score(e) *= factor(e);
+  if (kMayCap && problem.softcap > 0.0f) {
+    const float cap = order * problem.softcap;
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) score(e) = RowScore::Cap(softcap, score(e));
+    for (int e = 0; e < kCount; ++e) score(e) = Capped(cap, score(e));
   }
+  if (slope == 0.0f) return;
+  const float drop = -order * slope, origin = static_cast<float>(base);
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) score(e) = rule(e).AddSlope(score(e), key(e));
+  for (int e = 0; e < kCount; ++e) {
+    score(e) = fmaf(drop, fabsf(origin + static_cast<float>(distance(e))), score(e));
+  }
 }
 
 }  // namespace flash_entmax::cuda

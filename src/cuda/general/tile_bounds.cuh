@@ -2,19 +2,20 @@
 //
 // For a head with an ALiBi slope m > 0, every score of a pair of tiles is at most
 //
-//   U = (alpha - 1) (cap(|f| |q| |k|) - m distance),   f = scale query_scale,
+//   U = cap'(|f| |q| |k|) - (alpha - 1) m distance,   f = (alpha - 1) scale query_scale,
 //
-// with the largest |f| |q| of the queries, the largest |k| of the keys and the smallest distance of
-// a pair. U <= a lower bound of every query's threshold: all weights of the pair of tiles are zero,
-// also as the kernels round them, and leaving it out changes no bit of the result:
+// with the largest |f| |q| of the queries, the largest |k| of the keys, the smallest distance of a
+// pair and cap' the cap at (alpha - 1) softcap. U <= a lower bound of every query's threshold: all
+// weights of the pair of tiles are zero, also as the kernels round them, and leaving it out changes
+// no bit of the result:
 //   - a dot product of up to 256 columns is off by less than 2^-11 |q| |k|, however the tensor
 //     cores add (products of 16-bit numbers are exact; sums of 256 terms that are cut off instead
 //     of rounded lose less than 2^-14, the three TF32 products 2^-20 more), a norm by less than
 //     2^-14. Norms of keys are taken 2^-9 larger, which covers all of it;
-//   - from there on the bound passes through the operations of RowScore::Z, each of which rises
-//     with its argument. tanh, which may err by a few units in the last place, gets 2^-13 more, and
-//     the last product is rounded up, so that it does not matter whether the compiler fuses it with
-//     the subtraction of the threshold.
+//   - the rounding of the products in f and with it is covered by this too; tanh, which may err by
+//     a few units in the last place, gets 2^-13 more;
+//   - the slope's step is that of ToZ, which rises with the score and falls with the distance; the
+//     distance is taken 2^-22 smaller, since those of 2^24 and more are rounded there.
 // A norm that is not finite makes U infinite or NaN, and the tile is visited: a NaN or an infinity
 // in a key reaches every row that sees it.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_TILE_BOUNDS_CUH_
@@ -43,17 +44,18 @@ struct ScoreBound {
 
   static __device__ __forceinline__ ScoreBound Of(const GeneralProblem& problem, float order,
                                                   int head) {
-    return {order, problem.softcap, problem.slopes ? problem.slopes[head] : 0.0f};
+    return {order, problem.softcap, SlopeOf(problem, head)};
   }
   // Without a slope norms alone prove next to nothing; a negative one lifts far keys.
   __device__ __forceinline__ bool Skips() const { return slope > 0.0f; }
 
-  // U of the comment above. Not a number, or infinite, if nothing can be said.
+  // U of the comment above; query_size: |f| |q|. Not a number, or infinite, if nothing can be said.
   __device__ __forceinline__ float Largest(float query_size, float key_norm, int distance) const {
     float s = __fmul_ru(query_size, key_norm);
     if (!(s < INFINITY)) return INFINITY;  // before the cap makes it finite
-    if (softcap > 0.0f) s = (1.0f + 0x1p-13f) * (softcap * tanhf(s / softcap));
-    return __fmul_ru(order, fmaf(-slope, static_cast<float>(distance), s));
+    if (softcap > 0.0f) s = (1.0f + 0x1p-13f) * Capped(order * softcap, s);
+    const float least = __fmul_rd(static_cast<float>(distance), 1.0f - 0x1p-22f);
+    return fmaf(-order * slope, least, s);
   }
 };
 
