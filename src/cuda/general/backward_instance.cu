@@ -7,7 +7,7 @@
 
 #include "general/backward_columns.cuh"
 #include "general/backward_rows.cuh"
-#include "general/backward_short.cuh"
+#include "general/backward_short_kernel.cuh"
 #include "general/launch.h"
 #include "general/prepare_bounds.h"
 
