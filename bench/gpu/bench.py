@@ -54,6 +54,7 @@ TABLE = [
 ]
 # AdaSplash tunes every kernel over a long list; these settings are the ones it picks most often.
 ADASPLASH_BLOCKS = {(128, 64), (64, 64), (128, 32)}
+ADASPLASH_CONFIGS = 6  # the above with two or three stages
 ALLOWED_ERROR = {"output": 4.5e-3, "gradient of query": 1.1e-2}
 
 
@@ -110,7 +111,8 @@ def verify(attention, inputs, slopes, factors, rows=48):
     return worst, float((u > 0).double().sum(-1).mean())
 
 
-def load_adasplash():
+def load_adasplash(only=None):
+    """AdaSplash's function, or None; only: the one of its settings to keep."""
     try:
         import adasplash.adasplash_v2 as module
         from adasplash import adasplash
@@ -122,8 +124,38 @@ def load_adasplash():
         if hasattr(kernel, "configs"):
             kept = [c for c in kernel.configs if c.num_warps == 4 and c.num_stages in (2, 3) and
                     (c.kwargs.get("BLOCK_M"), c.kwargs.get("BLOCK_N")) in ADASPLASH_BLOCKS]
-            kernel.configs = kept or kernel.configs[:4]
+            kept = kept or kernel.configs[:4]
+            kernel.configs = kept if only is None else [kept[only % len(kept)]]
     return adasplash
+
+
+def compile_adasplash(rows):
+    """Fills Triton's cache, a process for each setting: tuning compiles them one after another."""
+    start = time.time()
+    command = [sys.executable, __file__, "--rows", ",".join(map(str, rows))]
+    processes = [subprocess.Popen([*command, "--adasplash-setting", str(i)],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                 for i in range(ADASPLASH_CONFIGS)]
+    for process in processes:
+        try:
+            process.wait(timeout=max(1, start + 300 - time.time()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    print(f"AdaSplash compiled in {time.time() - start:.0f} s", flush=True)
+
+
+def run_adasplash(rows, setting):
+    """One forward and backward of every row with one setting."""
+    adasplash = load_adasplash(setting)
+    for _, batch, heads, n, size, *_ in rows:
+        tensors = [torch.randn(batch, heads, n, size, device="cuda", dtype=torch.bfloat16)
+                   for _ in range(4)]
+        inputs = [t.requires_grad_() for t in tensors[:3]]
+        try:
+            adasplash(*inputs).backward(tensors[3])
+            torch.cuda.synchronize()
+        except Exception as error:  # A setting or a shape that it cannot run.
+            print(error)
 
 
 class HeadParts:
@@ -275,11 +307,17 @@ def main():
     parser.add_argument("--rows", help="only these rows of the table, as in 0,3,5")
     parser.add_argument("--engine", default="automatic", choices=list(fe.ENGINES))
     parser.add_argument("--adasplash", action="store_true", help="time AdaSplash too")
+    parser.add_argument("--adasplash-setting", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    library = fe.Library(arguments.library)
-    adasplash = load_adasplash() if arguments.adasplash else None
     wanted = ([int(x) for x in arguments.rows.split(",")] if arguments.rows
               else range(len(TABLE)))
+    if arguments.adasplash_setting is not None:
+        run_adasplash([TABLE[i] for i in wanted], arguments.adasplash_setting)
+        return 0
+    library = fe.Library(arguments.library)
+    adasplash = load_adasplash() if arguments.adasplash else None
+    if adasplash is not None:
+        compile_adasplash(wanted)
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     about = dict(device=subprocess.run(query, capture_output=True, text=True).stdout.strip(),
                  torch=torch.__version__, cuda=torch.version.cuda,
