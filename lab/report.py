@@ -7,6 +7,7 @@ library.
 
 import html
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -64,8 +65,9 @@ def percent(values):
     mean = 100 * statistics.mean(values)
     low, high = 100 * min(values), 100 * max(values)
     spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
-    # 100 means every one.
-    return (f"{mean:.3f}".rstrip("0") if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
+    # 100 means every one: digits are cut off, not rounded.
+    nearly = f"{math.floor(mean * 1e5) / 1e5:.5f}"[:6].rstrip("0").rstrip(".")
+    return (nearly if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
 
 
 def at(result, multiple):

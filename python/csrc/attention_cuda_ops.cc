@@ -14,6 +14,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <span>
 #include <string>
@@ -223,9 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> Support(FLASH_ENTMAX_PARAMETERS) {
 }
 
 // How many bytes Forward keeps on a device for a problem of these shapes (4 numbers each), for
-// tracing. `tensors`: whether any of the optional tensors is given.
+// tracing. `tensors`: bit i is set if the i-th of the optional tensors is given.
 int64_t SavedBytes(std::vector<int64_t> query, std::vector<int64_t> key, std::vector<int64_t> value,
-                   ScalarType type, int64_t device, bool tensors, double alpha,
+                   ScalarType type, int64_t device, int64_t tensors, double alpha,
                    std::optional<double> scale, bool causal, std::optional<int64_t> window_left,
                    std::optional<int64_t> window_right, double softcap) {
   const DeviceGuard guard(static_cast<int32_t>(device));
@@ -252,8 +253,29 @@ int64_t SavedBytes(std::vector<int64_t> query, std::vector<int64_t> key, std::ve
   problem.softcap = softcap;
   gpu::AttentionOptions options;
   options.save_for_backward = true;
-  // Only the general kernels know the optional tensors, of which what they keep is independent.
-  if (tensors) options.engine = gpu::Engine::kGeneral;
+  // Which of them there are decides on the engine and on what it keeps; their elements do not.
+  const auto given = [tensors](int position) { return ((tensors >> position) & 1) != 0; };
+  const auto some_tensor = [](DType dtype, std::initializer_list<int64_t> shape) {
+    TensorView tensor;
+    tensor.data = some_address;
+    tensor.dtype = dtype;
+    for (const int64_t size : shape) tensor.shape[static_cast<size_t>(tensor.rank++)] = size;
+    int64_t stride = 1;
+    for (int i = tensor.rank - 1; i >= 0; --i) {
+      tensor.strides[static_cast<size_t>(i)] = stride;
+      stride *= tensor.shape[static_cast<size_t>(i)];
+    }
+    return tensor;
+  };
+  if (given(0)) {
+    problem.alpha_per_head = some_tensor(DType::kFloat32, {query[1]});
+    options.alpha_gradient = true;
+  }
+  if (given(1)) problem.query_scale = some_tensor(DType::kFloat32, {query[0], query[1], query[2]});
+  if (given(3)) problem.alibi_slopes = some_tensor(DType::kFloat32, {query[1]});
+  if (given(4)) problem.key_lengths = some_tensor(DType::kInt32, {query[0]});
+  if (given(6)) problem.cu_query = some_tensor(DType::kInt32, {2});
+  if (given(7)) problem.cu_key = some_tensor(DType::kInt32, {2});
   return Plan(problem, options).saved_bytes;
 }
 
@@ -262,7 +284,7 @@ int64_t SavedBytes(std::vector<int64_t> query, std::vector<int64_t> key, std::ve
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_entmax, library) {
   library.def(
       "attention_saved_bytes_cuda(int[] query, int[] key, int[] value, ScalarType dtype, "
-      "int device, bool tensors, float alpha, float? scale, bool causal, int? window_left, "
+      "int device, int tensors, float alpha, float? scale, bool causal, int? window_left, "
       "int? window_right, float softcap) -> int");
 }
 

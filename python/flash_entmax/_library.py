@@ -202,7 +202,8 @@ def _saved_bytes(args: tuple[Any, ...]) -> Any:
     )
     if numbers and plain and query.device.type == "cuda" and _plans_for_cuda():
         device = torch.cuda.current_device() if query.device.index is None else query.device.index
-        tensors = any(tensor is not None for tensor in args[3:ATTENTION_TENSORS])
+        optional = args[3:ATTENTION_TENSORS]
+        tensors = sum(1 << i for i, tensor in enumerate(optional) if tensor is not None)
         return operators.attention_saved_bytes_cuda(
             *shapes, query.dtype, device, tensors, alpha, scale, causal, window_left, window_right,
             softcap,

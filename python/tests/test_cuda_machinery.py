@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,19 @@ def test_compile_with_strides(kind: str) -> None:
 @cuda
 def test_the_tracer_knows_the_size_of_what_is_kept() -> None:
     operator = _library.operators.attention_forward
+    lengths = torch.tensor([3, 80], dtype=torch.int32, device="cuda")
+    ends = torch.tensor([0, 40, 80], dtype=torch.int32, device="cuda")
     features: list[dict[int, Any]] = [
         {}, {14: 100}, {14: 2**40, 15: 2**40}, {16: 2.0}, {3: torch.full((4,), 1.5, device="cuda")},
-        {12: -1.0}, {11: 2.0},
+        {12: -1.0}, {11: 2.0}, {6: torch.ones(4, device="cuda")},
+        {7: lengths}, {7: lengths, 13: False, 14: 40, 15: 40}, {9: ends, 10: ends},
     ]  # fmt: skip
-    for length in (100, 700):
+    for length, size in itertools.product((90, 140, 700), (32, 64)):
+        factors = torch.ones(2, 4, length, device="cuda")
         for dtype in TOLERANCE:
-            for feature in features:
-                query = torch.randn(2, 4, length, 64, device="cuda").to(dtype)
+            for feature in [*features, {4: factors}]:
+                batch = 1 if 9 in feature else 2
+                query = torch.randn(batch, 4, length, size, device="cuda").to(dtype)
                 arguments: list[Any] = [query, query, query, *[None] * 8]
                 arguments += [1.5, None, True, None, None, 0.0, 0, 0, True]
                 for position, change in feature.items():
@@ -121,7 +127,7 @@ def test_the_tracer_knows_the_size_of_what_is_kept() -> None:
                             for a in arguments
                         )
                     )[2]
-                assert fake.shape == real.shape, (length, dtype, feature)
+                assert fake.shape == real.shape, (length, size, dtype, feature)
 
 
 @cuda

@@ -41,7 +41,7 @@ def test_slopes_and_factors(library, n, alpha, dtype):
                                           (112, 112), (113, 128), (130, 130), (144, 144),
                                           (145, 144)])
 def test_one_block_backward(library, queries, keys, dtype):
-    """Up to 144 rows of up to 32 columns have a backward kernel of their own."""
+    """Up to 112 rows (144 under a causal mask) of up to 32 columns have a backward of their own."""
     lengths = torch.tensor([0, 1, keys // 2 + 1, keys], dtype=torch.int32, device="cuda")
     alpha = torch.tensor([1.5, 1.25, 2.0], device="cuda")
     for settings in (dict(causal=True), {}, dict(window=(20, 7)), dict(window=(0, 0)),
@@ -95,6 +95,58 @@ def test_gradients_beside_bad_numbers(library, where, bad, dtype):
         close = of_query & (p == 0)
     error = relative_error(dirty.gradients[0][1, 2, close], clean.gradients[0][1, 2, close])
     assert error <= GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("factor", [1e-6, 1e-2, 1e4])
+def test_extreme_factors(library, size, factor):
+    """Gradients of queries and keys are proportional to the factor: compared divided by it."""
+    call = make(heads=3, queries=90, size=size, causal=True)
+    call["query_scale"] = torch.full((1, 3, 90), factor, device="cuda")
+    got = run(library, call)
+    want = reference.attention(call, call["output_gradient"])["gradients"]
+    for name, gradient in zip(("query", "key", "value"), got.gradients):
+        unit = 1.0 if name == "value" else factor
+        error = relative_error(gradient.double() / unit, want[name] / unit)
+        assert error <= GRADIENT_TOLERANCE[BF16], name
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_output_gradients(library, size):
+    """fp16 keeps numbers below 6e-5 with fewer digits: score gradients must not be made smaller."""
+    call = make(heads=3, queries=90, size=size, dtype=FP16, causal=True)
+    call["output_gradient"].mul_(1e-4)
+    got = run(library, call)
+    want = reference.attention(call, call["output_gradient"])["gradients"]
+    for name, gradient in zip(("query", "key", "value"), got.gradients):
+        error = relative_error(gradient.double() / 1e-4, want[name] / 1e-4)
+        assert error <= GRADIENT_TOLERANCE[FP16], name
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_score_that_is_minus_infinity(library, size):
+    """It has the weight zero, and the gradient of the factor does not notice."""
+    call = make(heads=2, queries=90, size=size, causal=True)
+    call["query_scale"] = torch.ones(1, 2, 90, device="cuda")
+    call["key"][..., 0] = 0.0
+    call["key"][:, :, 10, 0] = -1e20
+    call["query"][:, :, 50] = 0.0
+    call["query"][:, :, 50, 0] = 1e20
+    got = run(library, call)
+    assert torch.isfinite(got.output).all() and torch.isfinite(got.scale_gradient).all()
+    for gradient in got.gradients:
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_infinite_factor_of_a_row_without_keys(library, size):
+    call = make(heads=2, queries=64, keys=32, size=size, causal=True)
+    call["query_scale"] = torch.ones(1, 2, 64, device="cuda")
+    call["query_scale"][..., 0] = -math.inf
+    got = run(library, call)
+    assert (got.output[:, :, 0] == 0).all() and (got.gradients[0][:, :, 0] == 0).all()
+    for gradient in got.gradients:
+        assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("size", [32, 64])

@@ -109,7 +109,9 @@ struct KeyRows {
                                          bool masked, Scores& w) const {
     if constexpr (Variant::kPlain) {
       const float factor = call.problem.scale * queries.curve.order;
-      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = factor * dot[m][t][e]; });
+      ForAll(w, [&](int m, int t, int e) {
+        w[m][t][e] = PlainProduct<Variant::kMode>(factor, dot[m][t][e]);
+      });
     } else {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
       const SequencePart& part = place.part;

@@ -10,6 +10,7 @@
 #include "general/backward_short_kernel.cuh"
 #include "general/launch.h"
 #include "general/prepare_bounds.h"
+#include "general/shared_limit.h"
 
 namespace flash_entmax::cuda {
 namespace {
@@ -81,11 +82,8 @@ cudaError_t Launch(const GeneralBackward& call, const BackwardGrid& grid, int bl
                    cudaStream_t stream) {
   constexpr int kBytes = Variant::Shared::kBytes;
   const auto kernel = GeneralBackwardKernel<Variant>;
-  if constexpr (kBytes > 48 * 1024) {  // More than this must be asked for.
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = AllowShared(kernel, kBytes);
+  if (error != cudaSuccess) return error;
   kernel<<<blocks, Variant::Shape::kThreads, kBytes, stream>>>(call, grid);
   return cudaGetLastError();
 }
@@ -93,10 +91,9 @@ cudaError_t Launch(const GeneralBackward& call, const BackwardGrid& grid, int bl
 template <class Element, int kHeadDim, Alpha kMode>
 cudaError_t LaunchShort(const GeneralBackward& call, cudaStream_t stream) {
   const ShortBackwardPlan& plan = call.short_rows;
-  const int bytes = plan.Bytes();
+  const auto bytes = static_cast<size_t>(plan.Bytes());
   const auto kernel = ShortBackwardKernel<Element, kHeadDim, kMode>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = AllowShared(kernel, bytes);
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(call.problem.batch) * call.problem.heads;
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
@@ -115,6 +112,8 @@ cudaError_t LaunchMode(const GeneralBackward& call, const BackwardGrid& grid, in
       return LaunchShort<Element, kHeadDim, kMode>(call, stream);
     }
   }
+  // Without a mean of V there is nothing else to run.
+  if (call.short_rows.query_rows > 0) return cudaErrorInvalidValue;
   const auto launch = [&]<Extras kExtras>() {
     return Launch<BackwardVariant<Element, kHeadDim, kMode, kExtras, false>>(call, grid, blocks,
                                                                              stream);
@@ -122,7 +121,7 @@ cudaError_t LaunchMode(const GeneralBackward& call, const BackwardGrid& grid, in
   if (problem.softcap > 0.0f || call.alpha_rows || call.slope_rows) {
     return launch.template operator()<Extras::kAll>();
   }
-  return problem.slopes || problem.query_scale || call.query_scale_rows
+  return problem.slopes || problem.query_scale || call.query_scale_rows || !(problem.scale > 0.0f)
              ? launch.template operator()<Extras::kCommon>()
              : launch.template operator()<Extras::kNone>();
 }

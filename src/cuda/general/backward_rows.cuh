@@ -92,8 +92,14 @@ struct QueryRows {
         const int r = Row(m, half);
         // Rows past the end have no weights.
         threshold[m][half] = r < part.queries ? saved[r] : __int_as_float(0x7f800000);
-        factor[m][half] =
-            Variant::kPlain ? call.problem.scale : FactorOf(call.problem, part, place.head, r);
+        if constexpr (Variant::kPlain) {
+          factor[m][half] = call.problem.scale;
+        } else {
+          // A row that sees no key has the gradient 0, whatever its factor.
+          const RowRange seen = place.band.SeenByAny(r, 1);
+          factor[m][half] =
+              seen.first < seen.end ? FactorOf(call.problem, part, place.head, r) : 0.0f;
+        }
       }
     }
   }
@@ -149,7 +155,9 @@ struct QueryRows {
                                          const float* key_is_finite, Scores& w) const {
     if constexpr (Variant::kPlain) {
       const float plain_factor = call.problem.scale * curve.order;
-      ForAll(w, [&](int m, int t, int e) { w[m][t][e] = plain_factor * dot[m][t][e]; });
+      ForAll(w, [&](int m, int t, int e) {
+        w[m][t][e] = PlainProduct<Variant::kMode>(plain_factor, dot[m][t][e]);
+      });
     } else {
       ForAll(w, [&](int m, int t, int e) { w[m][t][e] = dot[m][t][e]; });
       ToZ<4 * kTiles * kRowTiles, Variant::kAll>(
@@ -203,8 +211,8 @@ struct QueryRows {
   }
 
   // Adds to the sums of the rows; x = dP - delta. A loop for each result, since most calls want at
-  // most one. Where a score is not finite and its weight zero the sums become NaN, but then so does
-  // a sum of dQ, and the block runs again, with care.
+  // most one. Where a score is not finite and its weight zero the sums become NaN, and the block
+  // runs again, with care.
   __device__ __forceinline__ void AddToResults(const Scores& dot, const Scores& w, int chunk,
                                                const Scores& x) {
     const auto for_weights = [&](auto body) {
@@ -256,6 +264,19 @@ struct QueryRows {
     sums->entropy_gradient = fmaf(entropy, dp, sums->entropy_gradient);
   }
 
+  __device__ __forceinline__ bool ResultsAreFinite() const {
+    float zero = 0.0f;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const RowSums& mine = results[m][half];
+        zero = fmaf(mine.product + mine.u_product, 0.0f, zero);
+        if (Variant::kAll) zero = fmaf(mine.distance + mine.entropy_gradient, 0.0f, zero);
+      }
+    }
+    return zero == 0.0f;
+  }
   // Optional results of the rows; call with all lanes.
   __device__ __forceinline__ void StoreResults() const {
     const int64_t first = FirstResult();
@@ -392,7 +413,8 @@ __device__ __forceinline__ bool BackwardRows(const GeneralBackward& call, int he
     rows.factor[m][0] /= gradient_scale;
     rows.factor[m][1] /= gradient_scale;
   }
-  const bool finite = !__syncthreads_or(!AllFinite(rows.sum));
+  const bool finite =
+      !__syncthreads_or(!(AllFinite(rows.sum) && (Variant::kPlain || rows.ResultsAreFinite())));
   PutSums(rows.sum, rows.factor, shared.Own(0), own_row, column);
   __syncthreads();
   StoreTile(shared.Own(0), call.query_gradient, query_position(problem.head_dim),

@@ -5,15 +5,17 @@
 // A warp takes 16 queries at a time and sweeps twice over the tiles of 16 keys that they see:
 //
 //   1. S = Q.K^T, u, dP = dO.V^T; the sums over a row of u and u dP give delta, in fp32;
-//   2. S and u again, X = dP - delta; dQ += (u X).K; p and f u X go to shared memory, 16-bit.
+//   2. S and u again, X = dP - delta; dQ += (u X).K; p and c u X, where c is the query's
+//      query_scale, go to shared memory, 16-bit.
 //
-// Then a warp takes 16 keys at a time: dV += p^T.dO, dK += (f u X)^T.Q. Seven products as in the
-// tiled kernels, but exponents, thresholds and masks once or twice a pair instead of two to four
-// times, and delta needs no mean of V from the forward, which then neither makes nor stores it.
+// Then a warp takes 16 keys at a time: dV += p^T.dO, dK += (c u X)^T.Q. Seven products as in the
+// tiled kernels, but loaded, stored and masked in one block instead of two, and delta needs no mean
+// of V from the forward, which then neither makes nor stores it.
 // Only pairs of tiles that see each other are kept; under a causal mask each warp gets about the
 // same number of them.
 //
-// Memory: every input is read once and every gradient written once, in pieces of 16 bytes.
+// Memory: every input is read once and every gradient written once, in pieces of 16 bytes where
+// rows begin at multiples of 16.
 //
 // NaN and infinities: where a weight is zero, its tile still multiplies it by what the other row
 // holds. A block whose sums are not all finite does its head once more pair by pair, in fp32, with
@@ -51,9 +53,10 @@ struct ShortBackward {
   Band band;  // of queries
   AlphaCurve curve;
   float drop;  // of z a unit of distance
+  bool fused;  // the forward did not round z
   Tile query, gradient, key, value;
   Element* weights;          // p kWeightScale of pairs, tile after tile
-  Element* score_gradients;  // f u X
+  Element* score_gradients;  // c u X
   float* deltas;             // of the queries; only for the pass by pairs
   int* first_pair_tile;      // of each 16 queries
 
@@ -66,6 +69,8 @@ struct ShortBackward {
     band = Band::OfQueries(problem, part);
     curve = CurveOf<kMode>(problem, head);
     drop = -curve.order * SlopeOf(problem, head);
+    fused = curve.mode == Alpha::kOneAndHalf && !problem.alpha_per_head && !problem.slopes &&
+            !problem.query_scale && problem.scale > 0.0f;
     query.data = static_cast<Element*>(shared);
     gradient.data = query.At(plan.query_rows, 0);
     key.data = gradient.At(plan.query_rows, 0);
@@ -145,8 +150,8 @@ struct ShortBackward {
     int row;  // first one of the thread; the other one is 8 further
     typename Product::A query[kSteps], gradient[kSteps];
     float threshold[2];
-    float factor[2];  // scale query_scale
-    RowRange clear;   // keys that all 16 see
+    float query_scale[2];
+    RowRange clear;  // keys that all 16 see
   };
 
   static __device__ __forceinline__ void AddDots(const typename Product::A (&rows)[kSteps],
@@ -178,15 +183,22 @@ struct ShortBackward {
     }
   }
 
-  // The positive part of z - tau from dot products.
+  // The positive part of z - tau from dot products. Rounds as the forward does: what is far from
+  // zero beside the excess would show otherwise.
   __device__ __forceinline__ void Excess(const QueryTile& tile, const Scores& dot, int first_key,
                                          Scores& w) const {
-    ForPairs([&](int t, int e) {
-      w[t][e] = fmaf(curve.order * tile.factor[e / 2], dot[t][e], -tile.threshold[e / 2]);
-    });
-    if (drop != 0.0f) {
-      const float first = FirstDistance(tile, first_key);
-      ForPairs([&](int t, int e) { w[t][e] = fmaf(drop, Distance(first, t, e), w[t][e]); });
+    const float factor[2] = {curve.order * (call.problem.scale * tile.query_scale[0]),
+                             curve.order * (call.problem.scale * tile.query_scale[1])};
+    if (fused) {
+      ForPairs(
+          [&](int t, int e) { w[t][e] = fmaf(factor[e / 2], dot[t][e], -tile.threshold[e / 2]); });
+    } else {
+      ForPairs([&](int t, int e) { w[t][e] = __fmul_rn(factor[e / 2], dot[t][e]); });
+      if (drop != 0.0f) {
+        const float first = FirstDistance(tile, first_key);
+        ForPairs([&](int t, int e) { w[t][e] = fmaf(drop, Distance(first, t, e), w[t][e]); });
+      }
+      ForPairs([&](int t, int e) { w[t][e] -= tile.threshold[e / 2]; });
     }
     if (first_key < tile.clear.first || first_key + 16 > tile.clear.end) {
       ForPairs([&](int t, int e) {
@@ -216,7 +228,7 @@ struct ShortBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       tile.threshold[half] = Threshold(tile.row + 8 * half);
-      tile.factor[half] = FactorOf(call.problem, part, head, tile.row + 8 * half);
+      tile.query_scale[half] = QueryScaleOf(call.problem, part, head, tile.row + 8 * half);
     }
     const RowRange seen = TilesSeen(first_row);
 
@@ -233,11 +245,13 @@ struct ShortBackward {
         u_gradient[e / 2] = fmaf(u, dp[t][e], u_gradient[e / 2]);
       });
     }
-    float minus_delta[2];
+    float minus_delta[2], pair_factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = QuadSum(u_sum[half]), weighted = QuadSum(u_gradient[half]);
+      // A row that sees no key has the gradient 0, whatever its factor.
       minus_delta[half] = sum == 0.0f ? 0.0f : -weighted / sum;
+      pair_factor[half] = sum == 0.0f ? 0.0f : tile.query_scale[half];
     }
 
     Sums query_sum = {};
@@ -265,12 +279,15 @@ struct ShortBackward {
       }
       AddProduct(Product::FromAccumulators(x[0], x[1]), key, first_key, query_sum);
       KeepPairs(PairTile(weights, first_row, first_key), w, 1.0f, 1.0f);
-      KeepPairs(PairTile(score_gradients, first_row, first_key), x, tile.factor[0], tile.factor[1]);
+      KeepPairs(PairTile(score_gradients, first_row, first_key), x, pair_factor[0], pair_factor[1]);
     }
     StoreRowResults(tile, product, distance);
-    StoreSums(query_sum, tile.factor[0], tile.factor[1], call.query_gradient, first_row,
-              part.queries, call.problem.head_dim);
-    return AllFinite(query_sum);
+    const float scale = call.problem.scale;
+    StoreSums(query_sum, scale * pair_factor[0], scale * pair_factor[1], call.query_gradient,
+              first_row, part.queries, call.problem.head_dim);
+    // A score of -inf is in these sums with the weight 0.
+    const float results = product[0] + product[1] + distance[0] + distance[1];
+    return AllFinite(query_sum) && IsFinite(results);
   }
 
   // sum += 16 x 16 pairs . rows [first_row, first_row + 16) of a tile.
@@ -407,7 +424,8 @@ struct ShortBackward {
       AddProduct(LoadTransposed(PairTile(score_gradients, first_row, first_key)), query, first_row,
                  key_sum);
     }
-    StoreSums(key_sum, 1.0f, 1.0f, call.key_gradient, first_key, call.problem.keys,
+    const float scale = call.problem.scale;
+    StoreSums(key_sum, scale, scale, call.key_gradient, first_key, call.problem.keys,
               call.problem.head_dim);
     constexpr float kInverse = 1.0f / kWeightScale;
     StoreSums(value_sum, kInverse, kInverse, call.value_gradient, first_key, call.problem.keys,

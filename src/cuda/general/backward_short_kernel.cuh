@@ -12,8 +12,8 @@ namespace flash_entmax::cuda {
 template <class ElementType, int kColumns>
 struct ShortBackwardByPairs : ShortBackward<ElementType, kColumns, Alpha::kGeneral> {
   using Base = ShortBackward<ElementType, kColumns, Alpha::kGeneral>;
-  using Base::band, Base::call, Base::curve, Base::deltas, Base::drop, Base::gradient, Base::head;
-  using Base::key, Base::kHeadDim, Base::part, Base::query, Base::value;
+  using Base::band, Base::call, Base::curve, Base::deltas, Base::drop, Base::fused, Base::head;
+  using Base::gradient, Base::key, Base::kHeadDim, Base::part, Base::query, Base::value;
   using Base::ProbabilityOf, Base::PutRowResults, Base::Threshold;
   using typename Base::Element;
 
@@ -37,9 +37,15 @@ struct ShortBackwardByPairs : ShortBackward<ElementType, kColumns, Alpha::kGener
       pair.dp = fmaf(static_cast<float>(*gradient.At(row, c)),
                      static_cast<float>(*value.At(key_row, c)), pair.dp);
     }
-    float z = fmaf(curve.order * factor, pair.dot, -threshold);
-    if (drop != 0.0f) z = fmaf(drop, pair.distance, z);
-    pair.w = PositivePart(z);
+    float excess;
+    if (fused) {
+      excess = fmaf(curve.order * factor, pair.dot, -threshold);
+    } else {
+      excess = __fmul_rn(curve.order * factor, pair.dot);
+      if (drop != 0.0f) excess = fmaf(drop, pair.distance, excess);
+      excess -= threshold;
+    }
+    pair.w = PositivePart(excess);
     const auto [p, u] = ProbabilityOf(pair.w);
     pair.p = p;
     pair.u = u;

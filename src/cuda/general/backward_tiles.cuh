@@ -162,6 +162,13 @@ struct BackwardShared {
   }
 };
 
+// z from a dot product where nothing but a factor is between them. The forward rounds this product,
+// except where it works on the dot products themselves (alpha = 1.5).
+template <Alpha kMode>
+__device__ __forceinline__ float PlainProduct(float factor, float dot) {
+  return kMode == Alpha::kOneAndHalf ? factor * dot : __fmul_rn(factor, dot);
+}
+
 // max(x, 0) in which NaN stays NaN.
 __device__ __forceinline__ float PositivePart(float x) {
   float y;

@@ -7,6 +7,7 @@
 #include "general/forward_short_sweeps.cuh"
 #include "general/forward_tiled.cuh"
 #include "general/prepare_bounds.h"
+#include "general/shared_limit.h"
 
 namespace flash_entmax::cuda {
 namespace forward {
@@ -37,11 +38,8 @@ cudaError_t Launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = AllowShared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   // As much shared memory a multiprocessor as there is: the plans count on several blocks.
   const cudaError_t preferred = cudaFuncSetAttribute(
       kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);

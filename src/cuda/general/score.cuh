@@ -147,17 +147,19 @@ struct KeyRange {
   }
 };
 
-// scale * query_scale of a row; rows past the end have the scale alone.
+// 1 without one, and for rows past the end.
+__device__ __forceinline__ float QueryScaleOf(const GeneralProblem& problem,
+                                              const SequencePart& part, int head, int row) {
+  if (!problem.query_scale || row >= part.queries) return 1.0f;
+  return problem
+      .query_scale[part.batch * problem.query_scale_stride[0] +
+                   head * problem.query_scale_stride[1] +
+                   static_cast<int64_t>(part.first_query + row) * problem.query_scale_stride[2]];
+}
+// scale * query_scale of a row.
 __device__ __forceinline__ float FactorOf(const GeneralProblem& problem, const SequencePart& part,
                                           int head, int row) {
-  float factor = problem.scale;
-  if (problem.query_scale && row < part.queries) {
-    factor *= problem.query_scale[part.batch * problem.query_scale_stride[0] +
-                                  head * problem.query_scale_stride[1] +
-                                  static_cast<int64_t>(part.first_query + row) *
-                                      problem.query_scale_stride[2]];
-  }
-  return factor;
+  return problem.scale * QueryScaleOf(problem, part, head, row);
 }
 
 __device__ __forceinline__ float SlopeOf(const GeneralProblem& problem, int head) {
@@ -182,7 +184,8 @@ __device__ __forceinline__ void ToZ(const GeneralProblem& problem, float order, 
                                     int base, ScoreOf score, FactorOfScore factor,
                                     DistanceOf distance) {
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) score(e) *= factor(e);
+  // Rounded here, in the forward and the backward alike: what follows may be fused.
+  for (int e = 0; e < kCount; ++e) score(e) = __fmul_rn(score(e), factor(e));
   if (kMayCap && problem.softcap > 0.0f) {
     const float cap = order * problem.softcap;
 #pragma unroll

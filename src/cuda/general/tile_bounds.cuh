@@ -1,6 +1,6 @@
 // Tiles proved zero before the product (fact F3 of DESIGN.md).
 //
-// For a head with an ALiBi slope m > 0, every score of a pair of tiles is at most
+// For a head with an ALiBi slope m > 0, every z of a pair of tiles is at most
 //
 //   U = cap'(|f| |q| |k|) - (alpha - 1) m distance,   f = (alpha - 1) scale query_scale,
 //
