@@ -436,12 +436,7 @@ struct ShortBackward {
   // 16 x 16 pairs with keys as rows.
   static __device__ __forceinline__ typename Product::A LoadTransposed(const Element* tile) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    typename Product::A a;
-    asm volatile(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-        : "r"(SharedAddress(tile + PairOffset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8))));
-    return a;
+    return Product::LoadTransposedA(tile + PairOffset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
   }
 };
 

@@ -169,13 +169,6 @@ __device__ __forceinline__ float PlainProduct(float factor, float dot) {
   return kMode == Alpha::kOneAndHalf ? factor * dot : __fmul_rn(factor, dot);
 }
 
-// max(x, 0) in which NaN stays NaN.
-__device__ __forceinline__ float PositivePart(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // p and u = p^(2 - alpha) from w, the positive part of z - tau. NaN stays NaN.
 struct Probability {
   float p;
@@ -369,14 +362,6 @@ __device__ __forceinline__ void ClearNonFinite(const SharedTile<Element, kHeadDi
     *element = Element(0.0f);
     if (row_is_finite != nullptr) row_is_finite[row] = 0.0f;
   }
-}
-
-// Starts copying 4 bytes to shared memory; zeros if not `valid`.
-__device__ __forceinline__ void CopyAsync4(void* destination, const void* source, bool valid) {
-  const int bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(destination)),
-               "l"(source), "r"(bytes)
-               : "memory");
 }
 
 // Where the rows of one head and sequence begin in a tensor.

@@ -15,6 +15,7 @@
 //   LoadSumB(tile, row, column)     B = tile rows [row, row + kDepth), columns [column, column +
 //   8):
 //                                   the sum runs over the tile's rows (output: P . V)
+//   LoadTransposedA(address)        A = transpose of 16 x 16 elements anywhere in shared memory
 //   FromAccumulators(c)             A from kDepth / 8 neighbouring accumulators (P for P . V). For
 //                                   float the order of the sum is permuted, as in LoadSumB.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
@@ -52,6 +53,13 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 __device__ __forceinline__ void CopyAsync16(void* destination, const void* source, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(destination)),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+// Starts copying 4 bytes to shared memory; zeros if not `valid`.
+__device__ __forceinline__ void CopyAsync4(void* destination, const void* source, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(destination)),
                "l"(source), "r"(bytes)
                : "memory");
 }
@@ -97,6 +105,13 @@ __device__ __forceinline__ void LoadSharedTile(const SharedTile<Element, kColumn
           valid ? head[(first + row) * row_stride + column * column_stride] : Element(0.0f);
     }
   }
+}
+
+// max(x, 0) in which NaN stays NaN.
+__device__ __forceinline__ float PositivePart(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 template <class Element>
@@ -153,6 +168,16 @@ struct HalfMma {
                  : "=r"(b.x[0]), "=r"(b.x[1])
                  : "r"(SharedAddress(tile.At(row + lane % 16, column))));
     return b;
+  }
+  // A from a matrix that lies transposed. Lane l gives the address of row l % 8 of the 8 x 8 matrix
+  // l / 8: the first two become the upper and lower half of A's first 8 columns, the others of its
+  // last 8.
+  static __device__ __forceinline__ A LoadTransposedA(const Element* address) {
+    A a;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+                 : "r"(SharedAddress(address)));
+    return a;
   }
   static __device__ __forceinline__ uint32_t Pack(float low, float high) {
     return ElementTraits<Element>::Pack(low, high);
