@@ -39,8 +39,8 @@ struct ShortBackward {
   using Product = Mma<Element>;
   static constexpr int kSteps = kHeadDim / Product::kDepth;
   using Tile = SharedTile<Element, kHeadDim>;
-  using Scores = float[2][4];  // 16 queries, twice 8 keys
-  using Sums = float[kColumnTiles][4];
+  using Scores = float[2][4];              // 16 queries, twice 8 keys
+  using Sums = float[1][kColumnTiles][4];  // as AllFinite takes them
   // In fp16 small probabilities would be subnormal: scaled up, they are normal from 2^-28 on.
   static constexpr float kWeightScale = Product::kWeightScale == 1.0f ? 1.0f : 16384.0f;
   static constexpr int kPairs = ShortBackwardPlan::kPairs;
@@ -248,7 +248,8 @@ struct ShortBackward {
     float minus_delta[2], pair_factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = QuadSum(u_sum[half]), weighted = QuadSum(u_gradient[half]);
+      const float sum = forward::QuadSum(u_sum[half]),
+                  weighted = forward::QuadSum(u_gradient[half]);
       // A row that sees no key has the gradient 0, whatever its factor.
       minus_delta[half] = sum == 0.0f ? 0.0f : -weighted / sum;
       pair_factor[half] = sum == 0.0f ? 0.0f : tile.query_scale[half];
@@ -297,23 +298,9 @@ struct ShortBackward {
     for (int c = 0; c < kColumnTiles; c += 2) {
       typename Product::B low, high;
       Product::LoadSumB2(tile, first_row, 8 * c, &low, &high);
-      Product::Multiply(pairs, low, sum[c]);
-      Product::Multiply(pairs, high, sum[c + 1]);
+      Product::Multiply(pairs, low, sum[0][c]);
+      Product::Multiply(pairs, high, sum[0][c + 1]);
     }
-  }
-  static __device__ __forceinline__ bool AllFinite(const Sums& sum) {
-    float zero = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) zero = fmaf(sum[c][e], 0.0f, zero);
-    }
-    return zero == 0.0f;
-  }
-  // Sum over the four lanes that share rows.
-  static __device__ __forceinline__ float QuadSum(float x) {
-    x += __shfl_xor_sync(kAllLanes, x, 1);
-    return x + __shfl_xor_sync(kAllLanes, x, 2);
   }
 
   static __device__ __forceinline__ void KeepPairs(Element* tile, const Scores& x, float upper,
@@ -335,7 +322,8 @@ struct ShortBackward {
     if (!call.query_scale_rows && !call.slope_rows) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float of_scale = QuadSum(product[half]), of_slope = QuadSum(distance[half]);
+      const float of_scale = forward::QuadSum(product[half]),
+                  of_slope = forward::QuadSum(distance[half]);
       const int row = tile.row + 8 * half;
       if (row < part.queries && threadIdx.x % 4 == 0) PutRowResults(row, of_scale, of_slope);
     }
@@ -365,7 +353,7 @@ struct ShortBackward {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           words[i] =
-              Product::Pack(factor * sum[c + i][2 * half], factor * sum[c + i][2 * half + 1]);
+              Product::Pack(factor * sum[0][c + i][2 * half], factor * sum[0][c + i][2 * half + 1]);
         }
         if (vectors) {
           TransposeInQuad(words);
@@ -379,7 +367,8 @@ struct ShortBackward {
           for (int i = 0; i < 8; ++i) {
             const int column = 8 * (c + i / 2) + 2 * quarter + i % 2;
             if (column < columns) {
-              target[column * tensor.column] = Element(factor * sum[c + i / 2][2 * half + i % 2]);
+              target[column * tensor.column] =
+                  Element(factor * sum[0][c + i / 2][2 * half + i % 2]);
             }
           }
         }

@@ -19,6 +19,7 @@
 #include <cub/device/device_scan.cuh>
 
 #include "general/forward_tiled.cuh"
+#include "general/shared_limit.h"
 
 namespace flash_entmax::cuda {
 namespace {
@@ -227,11 +228,8 @@ cudaError_t Launch(const SupportCall& call, const typename Collector::Target& ta
   const int64_t blocks = tiles * call.problem.heads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if constexpr (Shape::kBytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = AllowShared(kernel, Shape::kBytes);
+  if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kBytes, stream>>>(
       scores, thresholds, target, static_cast<int>(tiles));
   return cudaGetLastError();
