@@ -174,6 +174,7 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Real("few_pairs", &task->few_pairs, 0, 1);
   fields.Real("collisions", &task->collisions, 0, 1);
   fields.Real("key_collisions", &task->key_collisions, 0, 1);
+  fields.Real("few_symbols", &task->few_symbols, 0, 1);
   fields.Truth("end", &task->end);
   fields.Truth("repeat_queries", &task->repeat_queries);
   fields.Truth("own_slots", &task->own_slots);
@@ -478,6 +479,7 @@ std::string RunToJson(const RunConfig& run) {
     json["training"]["muon_rate"] = training.muon_rate;
   }
   if (task.key_collisions > 0.0) json["task"]["key_collisions"] = task.key_collisions;
+  if (task.few_symbols > 0.0) json["task"]["few_symbols"] = task.few_symbols;
   if (task.end) json["task"]["end"] = true;
   if (task.repeat_queries) json["task"]["repeat_queries"] = true;
   if (task.own_slots) json["task"]["own_slots"] = true;

@@ -1,6 +1,10 @@
 // Tasks whose target is a sequence made from the source: copy, reverse, sort, local_count, back,
 // selective_copy, induction. Tokens are the symbols 0 … S−1, then `begin`, `separator`, `blank`,
 // and for local_count the counts 0 … 47.
+//
+// For training only, `few_symbols` of the samples of copy, reverse, sort and back are made of 2 to
+// a quarter of the symbols. What is told apart by its last two or three symbols in a short random
+// sequence is not in a long one; in a short sequence of few symbols it is not either.
 
 #include <algorithm>
 
@@ -18,17 +22,7 @@ class SequenceTask : public Task {
   int64_t MaxTargets(int64_t length) const override { return length; }
 
   Sample Generate(int64_t length, Random& random) const override {
-    const std::vector<int32_t> source = Source(length, random);
-    const std::vector<int32_t> target = Rule(source);
-    Sample sample;
-    sample.tokens.reserve(source.size() + target.size() + 2);
-    sample.tokens.push_back(begin());
-    sample.tokens.insert(sample.tokens.end(), source.begin(), source.end());
-    sample.tokens.push_back(separator());
-    sample.target.assign(sample.tokens.size(), 0);
-    sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
-    sample.target.resize(sample.tokens.size(), 1);
-    return sample;
+    return Make(Source(length, random));
   }
 
   void Solve(Sample& sample) const override {
@@ -49,26 +43,57 @@ class SequenceTask : public Task {
   }
   virtual std::vector<int32_t> Rule(const std::vector<int32_t>& source) const = 0;
 
+  Sample Make(const std::vector<int32_t>& source) const {
+    const std::vector<int32_t> target = Rule(source);
+    Sample sample;
+    sample.tokens.reserve(source.size() + target.size() + 2);
+    sample.tokens.push_back(begin());
+    sample.tokens.insert(sample.tokens.end(), source.begin(), source.end());
+    sample.tokens.push_back(separator());
+    sample.target.assign(sample.tokens.size(), 0);
+    sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
+    sample.target.resize(sample.tokens.size(), 1);
+    return sample;
+  }
+
   int32_t begin() const { return static_cast<int32_t>(options_.symbols); }
   int32_t separator() const { return begin() + 1; }
   int32_t blank() const { return begin() + 2; }
   const TaskOptions options_;
 };
 
-class CopyTask final : public SequenceTask {
+// Random symbols without further structure.
+class RandomSymbolsTask : public SequenceTask {
+ public:
   using SequenceTask::SequenceTask;
+
+  Sample GenerateForTraining(int64_t length, Random& random) const override {
+    // No number is drawn where there is no choice: samples stay what they were.
+    if (options_.few_symbols == 0.0 || !random.Chance(options_.few_symbols)) {
+      return Generate(length, random);
+    }
+    const int64_t few = random.Integer(2, std::max<int64_t>(2, options_.symbols / 4));
+    const std::vector<int32_t> symbols = random.Distinct(few, options_.symbols);
+    std::vector<int32_t> source(static_cast<size_t>(length));
+    for (int32_t& symbol : source) symbol = symbols[static_cast<size_t>(random.Below(few))];
+    return Make(source);
+  }
+};
+
+class CopyTask final : public RandomSymbolsTask {
+  using RandomSymbolsTask::RandomSymbolsTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override { return source; }
 };
 
-class ReverseTask final : public SequenceTask {
-  using SequenceTask::SequenceTask;
+class ReverseTask final : public RandomSymbolsTask {
+  using RandomSymbolsTask::RandomSymbolsTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
     return {source.rbegin(), source.rend()};
   }
 };
 
-class SortTask final : public SequenceTask {
-  using SequenceTask::SequenceTask;
+class SortTask final : public RandomSymbolsTask {
+  using RandomSymbolsTask::RandomSymbolsTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
     std::vector<int32_t> sorted = source;
     std::sort(sorted.begin(), sorted.end());
@@ -111,8 +136,8 @@ class LocalCountTask final : public SequenceTask {
 };
 
 // The token `distance` places before; blanks where there is none.
-class BackTask final : public SequenceTask {
-  using SequenceTask::SequenceTask;
+class BackTask final : public RandomSymbolsTask {
+  using RandomSymbolsTask::RandomSymbolsTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
     std::vector<int32_t> target(source.size(), blank());
     const auto distance = static_cast<size_t>(options_.distance);

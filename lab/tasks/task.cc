@@ -87,6 +87,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckShare("read", options.read), CheckShare("few_pairs", options.few_pairs),
         CheckShare("collisions", options.collisions),
         CheckShare("key_collisions", options.key_collisions),
+        CheckShare("few_symbols", options.few_symbols),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
         CheckRange("value_symbols", options.value_symbols, 1, 8),
         CheckRange("vocabulary", options.vocabulary, 2, 1 << 20),

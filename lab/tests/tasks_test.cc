@@ -49,6 +49,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.few_pairs = 0.3;
     options.collisions = 0.3;
     options.key_collisions = 0.3;
+    options.few_symbols = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -174,6 +175,30 @@ TEST(Tasks, RecallKeysCanCollide) {
   options.vocabulary = 100;
   const std::unique_ptr<Task> single = Make(options);
   for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, random));
+}
+
+// Training samples have 2 to 8 of the 32 symbols, every number of them now and then; evaluation
+// samples have them all.
+TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.few_symbols = 1.0;
+  for (const char* name : {"copy", "reverse", "sort"}) {
+    options.name = name;
+    const std::unique_ptr<Task> task = Make(options);
+    const auto symbols = [](const Sample& sample) {
+      return std::set<int32_t>(sample.tokens.begin() + 1, sample.tokens.begin() + 201).size();
+    };
+    std::set<size_t> seen;
+    for (int i = 0; i < 200; ++i) {
+      const Sample sample = task->GenerateForTraining(200, random);
+      CheckSample(*task, 200, sample);
+      seen.insert(symbols(sample));
+      ASSERT_GT(symbols(task->Generate(200, random)), 20u);
+    }
+    EXPECT_EQ(seen, (std::set<size_t>{2, 3, 4, 5, 6, 7, 8})) << name;
+  }
 }
 
 TEST(Tasks, AnyTaskCanEndWithAToken) {
