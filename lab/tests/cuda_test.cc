@@ -2,6 +2,7 @@
 // there is no GPU.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -27,6 +28,10 @@ namespace {
 
 #define SKIP_WITHOUT_GPU() \
   if (!gpu::DescribeDevice().ok()) GTEST_SKIP() << "no GPU"
+
+// For the CPU's side. Its work is small; as many threads as cores, on a machine that others use
+// too, would spend minutes waiting for each other.
+constexpr int kThreads = 2;
 
 using Tensors = std::vector<at::Tensor>;
 
@@ -87,6 +92,7 @@ at::ScalarType ComputeType(const at::Tensor& like) { return like.scalar_type(); 
 
 TEST(Cuda, LayersAgreeWithTheCpu) {
   SKIP_WITHOUT_GPU();
+  at::set_num_threads(kThreads);
   SCOPED_TRACE(testing::SeedMessage());
   testing::Random random(30);
   for (const int64_t width : {128, 256, 512}) {
@@ -120,6 +126,7 @@ TEST(Cuda, LayersAgreeWithTheCpu) {
 
 TEST(Cuda, ModelsAgreeWithTheCpu) {
   SKIP_WITHOUT_GPU();
+  at::set_num_threads(kThreads);
   SCOPED_TRACE(testing::SeedMessage());
   testing::Random random(31);
   for (const AttentionKind kind :
@@ -189,6 +196,7 @@ class CudaTrainingTest : public ::testing::Test {
     TrainingOptions options;
     options.folder = folder_.File(folder);
     options.device = device;
+    options.threads = kThreads;
     options.on_step = [&](int64_t /*step*/, double loss) { losses.push_back(loss); };
     if (stop) options.stop = [&] { return stop(std::ssize(losses)); };
     EXPECT_TRUE(testing::IsOk(Train(run, options).status()));
