@@ -81,8 +81,8 @@ struct KeyRows {
       const int chunk = queries.first + offset;
       const bool masked = chunk < seen_by_all.first || chunk + Shape::kChunk > seen_by_all.end;
 
-      Scores dot = {};
-      AddDotProducts(key, queries.query, offset, dot);
+      Scores dot;
+      AddDotProducts<true>(key, queries.query, offset, dot);
       Scores w;  // positive part of z - tau, then p
       if (!Excess(queries, dot, offset, masked, w)) continue;
 

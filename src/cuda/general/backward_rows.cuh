@@ -137,8 +137,8 @@ struct QueryRows {
       const int chunk = first + offset;
       const bool masked = chunk < seen_by_all.first || chunk + Shape::kChunk > seen_by_all.end;
 
-      Scores dot = {};
-      AddDotProducts(query, key, offset, dot);
+      Scores dot;
+      AddDotProducts<true>(query, key, offset, dot);
       Scores w;  // positive part of z - tau
       if (!Excess(dot, chunk, masked, key_is_finite + offset, w)) continue;
 

@@ -154,14 +154,21 @@ struct ShortBackward {
     RowRange clear;  // keys that all 16 see
   };
 
+  // c += rows . transpose of 16 rows of the tile; kFresh: c = this.
+  template <bool kFresh = false>
   static __device__ __forceinline__ void AddDots(const typename Product::A (&rows)[kSteps],
                                                  const Tile& tile, int first, Scores& c) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       typename Product::B low, high;
       Product::LoadRowsB2(tile, first, step, &low, &high);
-      Product::Multiply(rows[step], low, c[0]);
-      Product::Multiply(rows[step], high, c[1]);
+      if (kFresh && step == 0) {
+        Product::MultiplyFirst(rows[step], low, c[0]);
+        Product::MultiplyFirst(rows[step], high, c[1]);
+      } else {
+        Product::Multiply(rows[step], low, c[0]);
+        Product::Multiply(rows[step], high, c[1]);
+      }
     }
   }
   static __device__ __forceinline__ int KeyOf(int first, int t, int e) {
@@ -235,10 +242,10 @@ struct ShortBackward {
     float u_sum[2] = {}, u_gradient[2] = {};
 #pragma unroll 1
     for (int first_key = 16 * seen.first; first_key < 16 * seen.end; first_key += 16) {
-      Scores dot = {}, w, dp = {};
-      AddDots(tile.query, key, first_key, dot);
+      Scores dot, w, dp;
+      AddDots<true>(tile.query, key, first_key, dot);
       Excess(tile, dot, first_key, w);
-      AddDots(tile.gradient, value, first_key, dp);
+      AddDots<true>(tile.gradient, value, first_key, dp);
       ForPairs([&](int t, int e) {
         const float u = ProbabilityOf(w[t][e]).u;
         u_sum[e / 2] += u;
@@ -259,8 +266,8 @@ struct ShortBackward {
     float product[2] = {}, distance[2] = {};  // sums of dS q.k and -dS |i' - j|
 #pragma unroll 1
     for (int first_key = 16 * seen.first; first_key < 16 * seen.end; first_key += 16) {
-      Scores dot = {}, w, x;
-      AddDots(tile.query, key, first_key, dot);
+      Scores dot, w, x;
+      AddDots<true>(tile.query, key, first_key, dot);
       Excess(tile, dot, first_key, w);
       ForPairs([&](int t, int e) { x[t][e] = minus_delta[e / 2]; });
       AddDots(tile.gradient, value, first_key, x);

@@ -227,14 +227,20 @@ struct OwnOperand {
   }
 };
 
-// c += own rows . transpose of the streamed rows [first, first + 8 kTiles).
-template <class Element, int kHeadDim, int kRowTiles, int kTiles>
+// c += own rows . transpose of the streamed rows [first, first + 8 kTiles); kFresh: c = this.
+template <bool kFresh = false, class Element, int kHeadDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void AddDotProducts(const OwnOperand<Element, kHeadDim>& own,
                                                const SharedTile<Element, kHeadDim>& streamed,
                                                int first, float (&c)[kRowTiles][kTiles][4]) {
   using Product = Mma<Element>;
   constexpr int kSteps = kHeadDim / Product::kDepth;
   constexpr int kUnroll = BackwardShape<Element, kHeadDim>::kKeepOwn ? kSteps : 4;
+  constexpr bool kFromZero = kFresh && kUnroll == kSteps;
+  if constexpr (kFresh && !kFromZero) {
+#pragma unroll
+    for (int e = 0; e < 4 * kRowTiles * kTiles; ++e)
+      c[e / 4 / kTiles][e / 4 % kTiles][e % 4] = 0.0f;
+  }
 #pragma unroll kUnroll
   for (int step = 0; step < kSteps; ++step) {
     typename Product::A a[kRowTiles];
@@ -246,8 +252,13 @@ __device__ __forceinline__ void AddDotProducts(const OwnOperand<Element, kHeadDi
       Product::LoadRowsB2(streamed, first + 8 * t, step, &low, &high);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        Product::Multiply(a[m], low, c[m][t]);
-        Product::Multiply(a[m], high, c[m][t + 1]);
+        if (kFromZero && step == 0) {
+          Product::MultiplyFirst(a[m], low, c[m][t]);
+          Product::MultiplyFirst(a[m], high, c[m][t + 1]);
+        } else {
+          Product::Multiply(a[m], low, c[m][t]);
+          Product::Multiply(a[m], high, c[m][t + 1]);
+        }
       }
     }
   }

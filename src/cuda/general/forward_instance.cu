@@ -149,6 +149,7 @@ SweepPlan PlanSweep(const GeneralProblem& problem, const SharedLimits& limits,
       RoundUp(std::max(problem.longest_query, 1), Shape::kQueries) / Shape::kQueries;
   const auto with = [&](int64_t warps, int turns) {
     SweepPlan plan;
+    plan.strip_rows = Shape::kQueries;
     plan.warps = static_cast<int>(warps);
     plan.turns = turns;
     plan.key_rows = static_cast<int>(RoundUp(SpanOfRows(problem, plan.BlockRows()), 32));
@@ -159,12 +160,12 @@ SweepPlan PlanSweep(const GeneralProblem& problem, const SharedLimits& limits,
     const auto bytes = static_cast<int64_t>(Shape::Bytes(plan));
     return bytes <= limits.block && (bytes + 1024) * blocks <= limits.multiprocessor;
   };
-  // A warp's second strip has as many keys as its first one lacks. A small grid needs blocks more
-  // than balance.
-  constexpr int kMostWarps = 8;
+  // Two strips a warp or more, so that long ones and short ones even out, and few blocks, each of
+  // which reads the keys. A small grid needs blocks more than that.
+  constexpr int kMostWarps = Shape::kMaxThreads / 32, kMostTurns = 3;
   const int64_t heads = static_cast<int64_t>(problem.sequences) * problem.heads;
-  int turns = 2;
   int64_t warps = std::min<int64_t>(kMostWarps, (strips + 1) / 2);
+  int turns = static_cast<int>(std::min<int64_t>(kMostTurns, (strips + warps - 1) / warps));
   const auto is_small = [&] {
     return heads * ((strips + warps * turns - 1) / (warps * turns)) < 2 * multiprocessors;
   };

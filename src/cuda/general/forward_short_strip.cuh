@@ -105,16 +105,17 @@ struct ShortStrip {
         a[step] = M::LoadRowsA(query, query_row, first_step + step);
       }
       ForBlocks([&](int block, int first) {
-        if constexpr (kSteps == kHeld) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) score[block][e / 4][e % 4] = 0.0f;
-        }
 #pragma unroll
         for (int step = 0; step < kHeld; ++step) {
           typename M::B low, high;
           M::LoadRowsB2(key, key_row + first, first_step + step, &low, &high);
-          M::Multiply(a[step], low, score[block][0]);
-          M::Multiply(a[step], high, score[block][1]);
+          if (kSteps == kHeld && step == 0) {
+            M::MultiplyFirst(a[step], low, score[block][0]);
+            M::MultiplyFirst(a[step], high, score[block][1]);
+          } else {
+            M::Multiply(a[step], low, score[block][0]);
+            M::Multiply(a[step], high, score[block][1]);
+          }
         }
       });
     }

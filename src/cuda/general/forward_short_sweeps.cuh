@@ -1,20 +1,23 @@
 // Forward for rows of 129 to 512 keys, 16-bit elements and heads of up to 64 columns.
 //
-// A block has all keys and values that its queries see in shared memory; a warp owns 32 queries at
-// a time, alone. Scores are never kept: they are made anew on tensor cores, by the same products
-// and so with the same bits, in three sweeps over the warp's keys:
+// A block has all keys and values that its queries see in shared memory; a warp owns a strip of 16
+// or 32 queries at a time, alone. Scores are never kept: they are made anew on tensor cores, by the
+// same products and so with the same bits, in three sweeps over the strip's keys:
 //   1. maxima   of the row and, in registers, of 32 disjoint groups of its keys. The threshold of
 //               the group maxima is a lower bound of the row's own, close to it (Newton from the
 //               left, four lanes a row);
 //   2. list     each thread writes the scores above the bound, the only ones that can have a
-//               positive probability, to a list of its own, and then holds them in registers for
-//               Newton to the exact threshold. Where a list is too long, every step sweeps over the
-//               scores instead;
+//               positive probability, to a list of its own in shared memory, over which Newton goes
+//               to the exact threshold. Where a list is too long, every step sweeps over the scores
+//               instead;
 //   3. output   O = P.V over the blocks of 16 keys in which something was listed, and with a
 //               backward to come the mean of V under u = p^(2 - alpha), from the same scores and
 //               values.
-// Nothing passes between warps, so there are two barriers a block: keys arrived, values arrived.
-// 32 queries instead of 16 halve what is read from shared memory, which would limit the kernel.
+// Blocks of keys that every row of the strip sees have loops of their own, without a mask: what is
+// left of them are little more than the products, one comparison or weight a score, and loads.
+// Nothing passes between warps but the number of the next strip, so there are two barriers a block:
+// keys arrived, values arrived. Strips are dealt from the one with the most keys down, the first of
+// each warp by its number, then to whichever warp is free.
 // Memory traffic: each query is read once, each output row written once; keys and values are read
 // once a block, which has a whole head where the grid is large enough.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_CUH_
@@ -49,6 +52,15 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
       warp * Shape::kWarpBytes);
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int strips = (end_row - place.first + Shape::kQueries - 1) / Shape::kQueries;
+  // With a causal mask the last rows have the most keys.
+  const auto row_of = [&](int index) {
+    return place.first + (strips - 1 - index) * Shape::kQueries;
+  };
+  auto* const next_strip = reinterpret_cast<int*>(
+      reinterpret_cast<unsigned char*>(value.data + plan.key_rows * kHeadDim) +
+      plan.warps * Shape::kWarpBytes);
+  if (threadIdx.x == 0) *next_strip = plan.warps;
   const auto load_queries = [&](int first) {
     LoadRows(ComputeHere(lane), 32, Tile{reinterpret_cast<Element*>(own)}, 0,
              call.query.Row<const Element>(part.batch, head, part.first_query), call.query, first,
@@ -59,7 +71,8 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
   const int key_rows = min((seen + 31) / 32 * 32, plan.key_rows);
   const int kv_head = head / problem.group;
   const int first_key = part.first_key + base;
-  load_queries(place.first + warp * Shape::kQueries);
+  int index = warp;
+  if (index < strips) load_queries(row_of(index));
   LoadRows(threadIdx.x, blockDim.x, key, 0,
            call.key.Row<const Element>(part.batch, kv_head, first_key), call.key, 0, key_rows,
            part.keys - base, problem.head_dim);
@@ -77,27 +90,26 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
   WaitCopies<1>();
   __syncthreads();  // Queries and keys are there.
 #pragma unroll 1
-  for (int turn = 0; turn < plan.turns; ++turn) {
-    // Back and forth: in a causal block every warp has the same number of keys in all.
-    const int index = turn * plan.warps + (turn % 2 == 0 ? warp : plan.warps - 1 - warp);
-    const int first_row = place.first + index * Shape::kQueries;
-    const bool needed = first_row < end_row;
-    if (turn > 0 && needed) {
+  for (bool first = true; first || index < strips; first = false) {
+    const bool needed = index < strips;
+    if (!first) {
       __syncwarp();  // The warp may still be reading its output rows.
-      load_queries(first_row);
+      load_queries(row_of(index));
       CommitCopies();
       WaitCopies<0>();
       __syncwarp();
     }
     if (needed) {
-      strip.Place(first_row, base, key, value);
+      strip.Place(row_of(index), base, key, value);
       strip.Solve();
     }
-    if (turn == 0) {
+    if (first) {
       WaitCopies<0>();
       __syncthreads();  // Values are there.
     }
     if (needed) strip.StoreResults();
+    if (lane == 0) index = atomicAdd(next_strip, 1);
+    index = __shfl_sync(kWarp, index, 0);
   }
 }
 

@@ -31,7 +31,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   static constexpr int kTiles = kHeadDim / 8;  // accumulators of the output of 16 queries
   static constexpr int kSums = Shape::kStrips * kTiles;
   // Strips of 16 queries whose two results have room in registers.
-  static constexpr int kTogether = kHeadDim == 32 && kFast ? 2 : 1;
+  static constexpr int kTogether = kHeadDim == 32 && kFast ? Shape::kStrips : 1;
 
   // Output rows, thresholds, and with a backward to come rows of the weighted mean.
   __device__ __forceinline__ void StoreResults() {
@@ -55,11 +55,9 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
       output[i / 4][i % 4] = 0.0f;
       mean[i / 4][i % 4] = 0.0f;
     }
-#pragma unroll 1
-    for (uint32_t left = hits; left != 0; left &= left - 1) {
-      const int block = __ffs(left) - 1;
+    this->template ForHits<true>([&](int block, auto masked) {
       float score[kTogether][2][4];
-      this->template ComputeScores<kFirst>(block, score);
+      this->template ComputeScores<masked.value, kFirst>(block, score);
       typename M::A p[kTogether], u[kTogether];
 #pragma unroll
       for (int strip = 0; strip < kTogether; ++strip) {
@@ -93,7 +91,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
           M::Multiply(u[strip], {x[2], x[3]}, mean[sum + 1]);
         }
       }
-    }
+    });
     using Sums = InfiniteSums<4 * kTogether * kTiles>;
     const bool finite = !__any_sync(kWarp, Sums::AnyNotFinite(output) || Sums::AnyNotFinite(mean));
     if (!finite) return false;
@@ -112,11 +110,9 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     for (int i = 0; i < 4 * kSums; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) slope[i] = 0.0f;
-#pragma unroll 1
-    for (uint32_t left = hits; left != 0; left &= left - 1) {
-      const int block = __ffs(left) - 1;
+    this->template ForHits<kPlain>([&](int block, auto masked) {
       float weight[Shape::kStrips][2][4];
-      this->ComputeScores(block, weight);
+      this->template ComputeScores<masked.value>(block, weight);
       this->WithCurve([&](const auto& weights) {
         Strip::ForScores(weight, [&](float& s, int i) {
           const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
@@ -147,7 +143,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
           M::Multiply(a[strip], high, sums[strip * kTiles + tile + 1]);
         }
       }
-    }
+    });
   }
 
   // Output rows and thresholds, or rows of the weighted mean.

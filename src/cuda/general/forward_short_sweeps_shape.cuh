@@ -64,32 +64,36 @@ __device__ __forceinline__ int ComputeHere(int x) {
 
 // How a launch of the sweeping kernel covers the problem.
 struct SweepPlan {
-  int warps = 0;     // of a block
-  int turns = 1;     // strips of 32 queries for each warp
-  int key_rows = 0;  // keys in shared memory, at most
-  int tiles = 0;     // blocks a head
+  int warps = 0;       // of a block
+  int turns = 1;       // strips for each warp, on average
+  int strip_rows = 0;  // queries of a strip
+  int key_rows = 0;    // keys in shared memory, at most
+  int tiles = 0;       // blocks a head
 
-  FLASH_ENTMAX_HOST_DEVICE int BlockRows() const { return 32 * warps * turns; }
+  FLASH_ENTMAX_HOST_DEVICE int BlockRows() const { return strip_rows * warps * turns; }
 };
 
 template <int kHeadDim>
 struct SweepShape {
-  static constexpr int kStrips = 2;  // of 16 queries, that a warp works on together
+  // Of 16 queries, that a warp works on together. Two halve what is read from shared memory, but
+  // need half as many registers again, for which half as many warps have room.
+  static constexpr int kStrips = kHeadDim == 32 ? 1 : 2;
   static constexpr int kQueries = kStripRows * kStrips;
   static constexpr int kMostBlocks = 32;  // of 16 keys that a strip sees: the bits of a word
-  // Registers of a thread: 128, or 168 where the sums of an output row take more of them.
-  static constexpr int kMaxThreads = kHeadDim == 32 ? 256 : 384;
+  // Registers of a thread: 80, or 168.
+  static constexpr int kMaxThreads = 384;
   static constexpr int kMinBlocks = kHeadDim == 32 ? 2 : 1;
-  // Keys that a thread can list for two rows together, and entries of one row that it can hold.
-  static constexpr int kSlots = 24;
+  // Entries of one row that a thread can hold, and slots for two rows together.
   static constexpr int kHeld = 16;
+  static constexpr int kSlots = 2 * kHeld;
   // Of a warp: its lists; before and after them its queries and output rows.
   static constexpr int kWarpBytes = kStrips * kSlots * 32 * static_cast<int>(sizeof(float));
   static_assert(kWarpBytes >= kQueries * kHeadDim * 2 && kWarpBytes % 128 == 0);
 
+  // Keys, values, the warps' parts, and the number of the next strip.
   static constexpr size_t Bytes(const SweepPlan& plan) {
     return static_cast<size_t>(2 * plan.key_rows) * kHeadDim * 2 +
-           static_cast<size_t>(plan.warps) * kWarpBytes;
+           static_cast<size_t>(plan.warps) * kWarpBytes + 16;
   }
 };
 

@@ -1,4 +1,4 @@
-// What one warp of the sweeping short forward kernel does with its 32 queries to find their
+// What one warp of the sweeping short forward kernel does with a strip of queries to find their
 // thresholds. forward_short_sweeps.cuh has the algorithm and the kernel,
 // forward_short_sweeps_product.cuh the third sweep.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_STRIP_CUH_
@@ -8,7 +8,8 @@
 
 namespace flash_entmax::cuda::forward {
 
-// A warp's 32 queries. A thread has four of the rows, lane / 4 + 8 i; `i` always counts these.
+// A strip of 16 or 32 queries. A thread has two or four of the rows, lane / 4 + 8 i; `i` always
+// counts these.
 // kFast: alpha = 1.5, and z is a positive multiple of the dot product.
 template <class Element, int kHeadDim, bool kFast>
 struct SweepStrip {
@@ -31,7 +32,7 @@ struct SweepStrip {
   int first_row;               // of the strip, in the sequence
   int end_row;                 // rows from here on are not this block's
   int first_key;               // of the strip's blocks of keys, in the sequence
-  int blocks;                  // of 16 keys, an even number
+  int blocks;                  // of 16 keys
   uint32_t hits;               // blocks that may hold a positive probability
   int clear_first, clear_end;  // keys that every row of the strip sees, counted from first_key
   int end[kRows];              // of the row's keys, counted from the thread's first key
@@ -58,7 +59,7 @@ struct SweepStrip {
     const int tile_row = max(top.first - base, 0) / 32 * 32;
     first_key = base + tile_row;
     blocks = bottom.end > top.first
-                 ? min((bottom.end - first_key + 31) / 32 * 2, int{Shape::kMostBlocks})
+                 ? min((bottom.end - first_key + 15) / 16, int{Shape::kMostBlocks})
                  : 0;
     clear_first = bottom.first - first_key;
     clear_end = top.end - first_key;
@@ -85,20 +86,80 @@ struct SweepStrip {
     __syncwarp();  // The lists may take the place of the queries.
   }
 
+  struct BlockRange {
+    int first, end;
+  };
+  // The blocks of which every row of the strip sees all keys.
+  __device__ __forceinline__ BlockRange ClearBlocks() const {
+    const int first = min(max(clear_first + 15, 0) / 16, blocks);
+    return {first, max(first, min(max(clear_end, 0) / 16, blocks))};
+  }
+
+  // Calls body(block, masked, place) for every block: kAtOnce of them, in places 0 to kAtOnce - 1,
+  // in a step of the loop. `masked` and `place` are constants; first those that need no mask.
+  template <int kAtOnce, class Body>
+  __device__ __forceinline__ void ForBlocks(Body body) const {
+    const BlockRange clear = ClearBlocks();
+    const int clear_end = clear.first + (clear.end - clear.first) / kAtOnce * kAtOnce;
+#pragma unroll 1
+    for (int block = clear.first; block < clear_end; block += kAtOnce) {
+      body(block, std::false_type{}, std::integral_constant<int, 0>{});
+      if constexpr (kAtOnce == 2) {
+        body(block + 1, std::false_type{}, std::integral_constant<int, 1>{});
+      }
+    }
+    const auto other = [&](int i) { return i < clear.first ? i : i + clear_end - clear.first; };
+    const int others = blocks - (clear_end - clear.first);
+#pragma unroll 1
+    for (int i = 0; i < others; i += kAtOnce) {
+      body(other(i), std::true_type{}, std::integral_constant<int, 0>{});
+      if constexpr (kAtOnce == 2) {
+        if (i + 1 < others) {
+          body(other(i + 1), std::true_type{}, std::integral_constant<int, 1>{});
+        }
+      }
+    }
+  }
+
+  // Calls body(block, masked) for the blocks of `hits`. Unless kSplit, all count as masked.
+  template <bool kSplit, class Body>
+  __device__ __forceinline__ void ForHits(Body body) const {
+    uint32_t unmasked = 0;
+    if constexpr (kSplit) {
+      const BlockRange clear = ClearBlocks();
+      const int count = clear.end - clear.first;
+      unmasked = count == 0 ? 0 : ~0u >> (Shape::kMostBlocks - count) << clear.first;
+#pragma unroll 1
+      for (uint32_t left = hits & unmasked; left != 0; left &= left - 1) {
+        body(__ffs(left) - 1, std::false_type{});
+      }
+    }
+#pragma unroll 1
+    for (uint32_t left = hits & ~unmasked; left != 0; left &= left - 1) {
+      body(__ffs(left) - 1, std::true_type{});
+    }
+  }
+
   // Scores of 16 keys, for strips of 16 queries from number kFirst on: z, or what it is
-  // proportional to; -inf for hidden keys.
-  template <int kFirst = 0, int kCount>
+  // proportional to; -inf for hidden keys. kMasked: there may be some.
+  template <bool kMasked, int kFirst = 0, int kCount>
   __device__ __forceinline__ void ComputeScores(int block, float (&score)[kCount][2][4]) const {
-#pragma unroll
-    for (int e = 0; e < 8 * kCount; ++e) score[e / 8][e / 4 % 2][e % 4] = 0.0f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t x[4];
       LoadMatrices<false>((key_address ^ (step * 32)) + block * 16 * Tile::kRowBytes, x);
 #pragma unroll
       for (int strip = 0; strip < kCount; ++strip) {
-        M::Multiply(query[kFirst + strip][step], {x[0], x[1]}, score[strip][0]);
-        M::Multiply(query[kFirst + strip][step], {x[2], x[3]}, score[strip][1]);
+        const typename M::A& rows = query[kFirst + strip][step];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const typename M::B keys{x[2 * half], x[2 * half + 1]};
+          if (step == 0) {
+            M::MultiplyFirst(rows, keys, score[strip][half]);
+          } else {
+            M::Multiply(rows, keys, score[strip][half]);
+          }
+        }
       }
     }
     const int first = 16 * block;
@@ -111,6 +172,7 @@ struct SweepStrip {
           [&](int e) { return factor[2 * kFirst + e / 8 * 2 + e / 2 % 2]; },
           [](int e) { return kStripRows * (e / 8) + 8 * (e / 2 % 2) - 8 * (e / 4 % 2) - e % 2; });
     }
+    if constexpr (!kMasked) return;
     if (first + 16 > clear_end) {
 #pragma unroll
       for (int e = 0; e < 8 * kCount; ++e) {
@@ -163,7 +225,7 @@ struct SweepStrip {
 #pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
         float score[kStrips][2][4];
-        ComputeScores(block, score);
+        ComputeScores<true>(block, score);
         WithCurve([&](const auto& weights) {
           ForScores(score, [&](float s, int i) {
             AddKey(weights, Excess(coefficient, s - maximum[i], threshold[i]), &mass[i], &slope[i]);
@@ -174,18 +236,22 @@ struct SweepStrip {
     }
   }
 
-  // Sums of x[i] over the four lanes that share the rows, row i's in the lane with lane % 4 == i.
+  // Sums of x[i] over the four lanes that share the rows, row i's in the lanes with lane % kRows ==
+  // i.
   static __device__ __forceinline__ float SumRows(const float (&x)[kRows]) {
     const bool upper = Lane() & 2, odd = Lane() & 1;
-    float y[2];
+    float y[2] = {x[0], x[1]};
+    if constexpr (kRows == 4) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      y[i] = (upper ? x[i + 2] : x[i]) + __shfl_xor_sync(kWarp, upper ? x[i] : x[i + 2], 2);
+      for (int i = 0; i < 2; ++i) {
+        y[i] = (upper ? x[i + 2] : x[i]) + __shfl_xor_sync(kWarp, upper ? x[i] : x[i + 2], 2);
+      }
     }
-    return (odd ? y[1] : y[0]) + __shfl_xor_sync(kWarp, odd ? y[0] : y[1], 1);
+    const float sum = (odd ? y[1] : y[0]) + __shfl_xor_sync(kWarp, odd ? y[0] : y[1], 1);
+    return kRows == 4 ? sum : sum + __shfl_xor_sync(kWarp, sum, 2);
   }
 
-  // One step of Newton from every thread's sums. Four lanes have four rows together, so each does
+  // One step of Newton from every thread's sums. Four lanes have the rows together, so each does
   // the step of one of them. body(weights, mass, slope, step) sees the sums of this row.
   template <class Body>
   __device__ __forceinline__ void Step(const float (&mass)[kRows], const float (&slope)[kRows],
@@ -226,22 +292,18 @@ struct SweepStrip {
     float group[kRows][kGroups];
 #pragma unroll
     for (int g = 0; g < kRows * kGroups; ++g) group[g / kGroups][g % kGroups] = -INFINITY;
-#pragma unroll 1
-    for (int block = 0; block < blocks; block += 2) {
+    ForBlocks<2>([&](int block, auto masked, auto place) {
+      float score[kStrips][2][4];
+      ComputeScores<masked.value>(block, score);
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        float score[kStrips][2][4];
-        ComputeScores(block + odd, score);
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& largest = group[i][4 * odd + e];
-            largest = MaxKeepNan(largest, score[i / 2][e / 2][i % 2 * 2 + e % 2]);
-          }
+        for (int e = 0; e < 4; ++e) {
+          float& largest = group[i][4 * place.value + e];
+          largest = MaxKeepNan(largest, score[i / 2][e / 2][i % 2 * 2 + e % 2]);
         }
       }
-    }
+    });
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       maximum[i] = group[i][0];
@@ -277,8 +339,9 @@ struct SweepStrip {
 
   // Second sweep, and Newton on what it finds. Keys above the bound, the only ones that can have a
   // positive probability, are listed by the thread that has their score: of its rows lane / 4 + 16
-  // k from the first slot up, of lane / 4 + 8 + 16 k from the last slot down. False, with the
-  // thresholds still the bounds, if some list is too long.
+  // k from the first slot up, of lane / 4 + 8 + 16 k from the last slot down. Empty slots hold
+  // -inf, so that Newton takes all lists as far as the longest goes. False, with the thresholds
+  // still the bounds, if some list is too long.
   __device__ __forceinline__ bool SolveLists() {
     constexpr int kSlots = Shape::kSlots, kHeld = Shape::kHeld;
     // Places in the lists are kept in bytes, so that one addition moves to the next.
@@ -294,12 +357,12 @@ struct SweepStrip {
       cut[i] = fmaf(threshold[i] * inverse_coefficient, 1.00001f,
                     fmaf(fabsf(maximum[i]), -4e-7f, maximum[i]));
     }
+    FillLists();
     int before = kStrips * (kSlots - 1) * kStep;
     hits = 0;
-#pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
+    ForBlocks<1>([&](int block, auto masked, auto /*place*/) {
       float score[kStrips][2][4];
-      ComputeScores(block, score);
+      ComputeScores<masked.value>(block, score);
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {
         // A block may fill four slots from either end. Lists that meet are noticed afterwards.
@@ -316,50 +379,51 @@ struct SweepStrip {
       for (int i = 0; i < kRows; i += 2) room += next[i + 1] - next[i];
       if (__any_sync(kWarp, room != before)) hits |= 1u << block;
       before = room;
-    }
-    int entries[kRows], most = 0;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int first = lists + end_of_list(i);
-      entries[i] = (i % 2 == 0 ? next[i] - first : first - next[i]) / kStep;
-    }
+    });
+    int most = 0;  // entries of a row in a thread's list
 #pragma unroll
     for (int i = 0; i < kRows; i += 2) {
+      const int first = lists + end_of_list(i), last = lists + end_of_list(i + 1);
       const bool full = cut[i] == INFINITY || next[i + 1] < next[i] - kStep;
-      most = max(most, full ? kSlots : max(entries[i], entries[i + 1]));
+      most = max(most, full ? kSlots : max(next[i] - first, last - next[i + 1]) / kStep);
     }
     most = __reduce_max_sync(kWarp, most);
     if (most > kHeld) return false;
 
-    float d[kRows][kHeld];
-    // Calls body(d[i][e], i, e) for the thread's entries, by fours; the number of fours is that of
-    // the warp.
-    const auto for_entries = [&](auto body) {
-#pragma unroll
-      for (int four = 0; four < kHeld; four += 4) {
-        if (four < most) {
-#pragma unroll
-          for (int e = 4 * four; e < 4 * four + 16; ++e) body(d[e % 4][e / 4], e % 4, e / 4);
-        }
-      }
-    };
-    for_entries([&](float& x, int i, int e) {
-      x = -INFINITY;
-      if (e < entries[i]) {
-        x = LoadShared(lists + end_of_list(i) + (i % 2 == 0 ? e : -e) * kStep) - maximum[i];
-      }
-    });
 #pragma unroll 1
     for (int pass = 0; pass < kMaxPasses; ++pass) {
       float mass[kRows] = {}, slope[kRows] = {};
       WithCurve([&](const auto& weights) {
-        for_entries([&](float x, int i, int) {
-          AddKey(weights, Excess(coefficient, x, threshold[i]), &mass[i], &slope[i]);
-        });
+        constexpr int kAtOnce = 4;
+        int from[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) from[i] = lists + end_of_list(i);
+#pragma unroll 1
+        for (int left = most; left > 0; left -= kAtOnce) {
+#pragma unroll
+          for (int e = 0; e < kAtOnce * kRows; ++e) {
+            const int i = e % kRows, place = e / kRows;
+            const float s = LoadShared(from[i] + (i % 2 == 0 ? place : -place) * kStep);
+            AddKey(weights, Excess(coefficient, s - maximum[i], threshold[i]), &mass[i], &slope[i]);
+          }
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) from[i] += (i % 2 == 0 ? kAtOnce : -kAtOnce) * kStep;
+        }
       });
       if (!Advance(4 * most, mass, slope)) break;
     }
     return true;
+  }
+
+  // Empties the warp's lists.
+  __device__ __forceinline__ void FillLists() const {
+    __syncwarp();  // The warp may still be reading its output rows.
+    auto* const lists = reinterpret_cast<float4*>(own) + Lane();
+#pragma unroll
+    for (int i = 0; i < kStrips * Shape::kSlots / 4; ++i) {
+      lists[32 * i] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    }
+    __syncwarp();
   }
 };
 

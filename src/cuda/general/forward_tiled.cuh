@@ -104,7 +104,8 @@ struct TiledStrip {
   // for hidden keys.
   __device__ __forceinline__ void ComputeScores(const Tile& key, int first,
                                                 float (&score)[kTiles][4]) const {
-    ForScores(score, [](float& s, int) { s = 0.0f; });
+    constexpr bool kFromZero = kStepsAtOnce == kSteps;
+    if constexpr (!kFromZero) ForScores(score, [](float& s, int) { s = 0.0f; });
 #pragma unroll(kStepsAtOnce)
     for (int step = 0; step < kSteps; ++step) {
       typename M::A a;
@@ -117,8 +118,13 @@ struct TiledStrip {
       for (int tile = 0; tile < kTiles; tile += 2) {
         typename M::B low, high;
         M::LoadRowsB2(key, tile * 8, step, &low, &high);
-        M::Multiply(a, low, score[tile]);
-        M::Multiply(a, high, score[tile + 1]);
+        if (kFromZero && step == 0) {
+          M::MultiplyFirst(a, low, score[tile]);
+          M::MultiplyFirst(a, high, score[tile + 1]);
+        } else {
+          M::Multiply(a, low, score[tile]);
+          M::Multiply(a, high, score[tile + 1]);
+        }
       }
     }
     const auto key_of = [&](int e) {

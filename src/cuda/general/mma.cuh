@@ -5,19 +5,18 @@
 // A 16 x 8 accumulator c[4] of a warp: c[0], c[1] = row lane / 4, columns 2 (lane % 4) and the
 // next; c[2], c[3] = the same columns of row lane / 4 + 8.
 //
-//   Mma<Element>::kDepth            length of one product's sum: 16 (16-bit types) or 8 (float)
-//   Mma<Element>::A, ::B            operand fragments
-//   Multiply(a, b, c)               c += A . B
-//   LoadRowsA(tile, row, step)      A = tile rows [row, row + 16), columns [step, step + 1) *
-//   kDepth LoadRowsB(tile, row, step)      B = transpose of tile rows [row, row + 8), the same
-//   columns:
-//                                   the sum runs along the tile's rows (scores: Q . K^T)
-//   LoadSumB(tile, row, column)     B = tile rows [row, row + kDepth), columns [column, column +
-//   8):
-//                                   the sum runs over the tile's rows (output: P . V)
-//   LoadTransposedA(address)        A = transpose of 16 x 16 elements anywhere in shared memory
-//   FromAccumulators(c)             A from kDepth / 8 neighbouring accumulators (P for P . V). For
-//                                   float the order of the sum is permuted, as in LoadSumB.
+//   Mma<Element>::kDepth          length of one product's sum: 16 (16-bit types) or 8 (float)
+//   Mma<Element>::A, ::B          operand fragments
+//   Multiply(a, b, c)             c += A . B
+//   MultiplyFirst(a, b, c)        c = A . B: a sum that starts so needs no registers set to zero
+//   LoadRowsA(tile, row, step)    A = tile rows [row, row + 16), the step's kDepth columns
+//   LoadRowsB(tile, row, step)    B = transpose of tile rows [row, row + 8), the same columns: the
+//                                 sum runs along the tile's rows (scores: Q . K^T)
+//   LoadSumB(tile, row, column)   B = tile rows [row, row + kDepth), columns [column, column + 8):
+//                                 the sum runs over the tile's rows (output: P . V)
+//   LoadTransposedA(address)      A = transpose of 16 x 16 elements anywhere in shared memory
+//   FromAccumulators(c)           A from kDepth / 8 neighbouring accumulators (P for P . V). For
+//                                 float the order of the sum is permuted, as in LoadSumB.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
 
@@ -207,6 +206,13 @@ struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
   }
+  static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(0.0f));
+  }
 };
 
 template <>
@@ -217,6 +223,13 @@ struct Mma<__half> : HalfMma<__half> {
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+  static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(0.0f));
   }
 };
 
@@ -303,6 +316,10 @@ struct Mma<float> {
     MultiplyOnce(a.low, b.high, c);
     MultiplyOnce(a.high, b.low, c);
     MultiplyOnce(a.high, b.high, c);
+  }
+  static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
+    c[0] = c[1] = c[2] = c[3] = 0.0f;
+    Multiply(a, b, c);
   }
 };
 

@@ -130,6 +130,10 @@ struct Mma {
       }
     }
   }
+  static void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
+    c[0] = c[1] = c[2] = c[3] = 0.0f;
+    Multiply(a, b, c);
+  }
 
  private:
   static int Lane() { return static_cast<int>(threadIdx.x % 32); }
