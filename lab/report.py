@@ -57,6 +57,23 @@ def load(folders):
     return recipes
 
 
+def unfinished(folders):
+    """Runs without a result: {recipe: [(variant, seed, steps taken, share of a training batch's
+    sequences that were right, or None), …]}."""
+    recipes = {}
+    for path in sorted(p for f in folders for p in f.glob("*/*/seed*/metrics.jsonl")):
+        if path.with_name("result.json").exists():
+            continue
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        if lines:
+            right = [line["exact_match"] for line in lines if "exact_match" in line]
+            recipes.setdefault(path.parts[-4], []).append(
+                (path.parts[-3], path.parts[-2].removeprefix("seed"), lines[-1]["step"],
+                 right[-1] if right else None))
+    return recipes
+
+
 def percent(values):
     """Mean and, in brackets, the range over seeds."""
     values = [v for v in values if v is not None]
@@ -227,7 +244,7 @@ def slots(variants, marks):
     return out
 
 
-def section(recipe, variants):
+def section(recipe, variants, stopped=()):
     any_results = next(iter(variants.values()))
     run, marks = any_results[0]["run"], multiples(any_results)
     seeds = sorted({len(v) for v in variants.values()})
@@ -260,6 +277,11 @@ def section(recipe, variants):
                 found = [[at(r, m)[key] for r in results if key in at(r, m)] for m in marks]
                 series[name] = [100 * statistics.mean(f) if f else None for f in found]
             out.append(plot(series, [f"{m:g}×" for m in marks], "whole sequences right, %", 100))
+            if stopped:
+                out.append("<p>Not evaluated at these lengths:</p><ul>" + "".join(
+                    f"<li>{html.escape(name)}, seed {seed}: after {steps:,} steps "
+                    f"{percent([right])} % of the whole sequences of a training batch right</li>"
+                    for name, seed, steps, right in stopped) + "</ul>")
     out += slots(variants, marks)
     out.append("<h3>How far attention spreads</h3><p>Means over layers, heads and seeds: the "
                "largest weight of a row, and the keys with a weight above zero. Softmax's largest "
@@ -302,7 +324,9 @@ def main():
                          "recipe/variant/seedN/result.json")
     for recipe, variants in recipes.items():
         text_table(recipe, variants)
-    body = "\n".join(section(recipe, variants) for recipe, variants in recipes.items())
+    stopped = unfinished(folders)
+    body = "\n".join(section(recipe, variants, stopped.get(recipe, ()))
+                     for recipe, variants in recipes.items())
     page.write_text(
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>FlashEntmax lab</title>"
