@@ -4,6 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
+#include "tasks/task.h"
 #include "testing/status.h"
 
 namespace flash_entmax::lab {
@@ -81,6 +84,23 @@ TEST(Config, BrokenRecipesAreRefused) {
   EXPECT_TRUE(testing::Rejects(status("nonsense"), "override"));
   EXPECT_TRUE(testing::Rejects(status("name.deeper=1"), "override"));
   EXPECT_EQ(ReadRecipe("/nonexistent/recipe.json").status().code(), StatusCode::kIo);
+}
+
+// Of every recipe that comes with the lab: it is valid, has its file's name, and its task exists.
+TEST(Config, RecipesAreValid) {
+  int recipes = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(FLASH_ENTMAX_RECIPES)) {
+    if (entry.path().extension() != ".json") continue;
+    SCOPED_TRACE(entry.path().string());
+    ++recipes;
+    const Expected<Recipe> recipe = ReadRecipe(entry.path().string());
+    ASSERT_TRUE(testing::IsOk(recipe.status()));
+    for (const RunConfig& run : recipe->runs) {
+      EXPECT_EQ(run.recipe, entry.path().stem().string());
+      EXPECT_TRUE(testing::IsOk(MakeTask(run.task).status()));
+    }
+  }
+  EXPECT_GT(recipes, 20);
 }
 
 TEST(Config, ChecksumOfKnownText) {
