@@ -12,6 +12,7 @@
 
 #include "general/launch.h"
 #include "general/mma.cuh"
+#include "general/ptx.cuh"
 #include "general/score.cuh"
 
 namespace flash_entmax::cuda::forward {
@@ -20,12 +21,6 @@ constexpr unsigned kWarp = 0xffffffffu;
 constexpr int kStripRows = 16;
 // Newton settles in 3 to 6 steps; alpha near 1 or 2 may take some more.
 constexpr int kMaxPasses = 50;
-
-__device__ __forceinline__ float MaxKeepNan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
 
 __device__ __forceinline__ float QuadSum(float x) {
   x += __shfl_xor_sync(kWarp, x, 1);

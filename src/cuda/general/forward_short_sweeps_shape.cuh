@@ -25,43 +25,6 @@ struct SwizzledTile {
   }
 };
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-template <bool kTransposed>
-__device__ __forceinline__ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address));
-  }
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
-}
-__device__ __forceinline__ float LoadShared(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-// Within a few units in the last place.
-__device__ __forceinline__ float SquareRoot(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
-// The same number; what is computed from it is computed here. The compiler would otherwise take
-// addresses out of the loop over strips, and they would occupy registers through all sweeps.
-__device__ __forceinline__ int ComputeHere(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // How a launch of the sweeping kernel covers the problem.
 struct SweepPlan {
   int warps = 0;       // of a block

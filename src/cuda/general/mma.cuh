@@ -25,6 +25,7 @@
 
 #include "element.cuh"
 #include "general/problem.h"
+#include "general/ptx.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -43,32 +44,6 @@ struct SharedTile {
     return data + row * kStride + column;
   }
 };
-
-__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Starts copying 16 bytes to shared memory; zeros if not `valid`.
-__device__ __forceinline__ void CopyAsync16(void* destination, const void* source, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(destination)),
-               "l"(source), "r"(bytes)
-               : "memory");
-}
-// Starts copying 4 bytes to shared memory; zeros if not `valid`.
-__device__ __forceinline__ void CopyAsync4(void* destination, const void* source, bool valid) {
-  const int bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(destination)),
-               "l"(source), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Copies rows [first, first + kRows) of one head, `columns` of them real, into a tile; rows at or
 // past `row_count` and columns past `columns` become zero. With `vectors` the copy is asynchronous
@@ -104,13 +79,6 @@ __device__ __forceinline__ void LoadSharedTile(const SharedTile<Element, kColumn
           valid ? head[(first + row) * row_stride + column * column_stride] : Element(0.0f);
     }
   }
-}
-
-// max(x, 0) in which NaN stays NaN.
-__device__ __forceinline__ float PositivePart(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 template <class Element>

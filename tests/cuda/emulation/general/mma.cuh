@@ -7,6 +7,7 @@
 
 #include "emulation/gpu.h"
 #include "general/problem.h"
+#include "general/ptx.cuh"
 
 namespace flash_entmax::cuda {
 
@@ -21,29 +22,6 @@ struct SharedTile {
 
   Element* At(int row, int column) const { return data + row * kStride + column; }
 };
-
-inline uint32_t SharedAddress(const void*) { testing::NotEmulated(); }
-
-template <int kBytes>
-void Copy(void* destination, const void* source, bool valid) {
-  if (valid) {
-    std::memcpy(destination, source, kBytes);
-  } else {
-    std::memset(destination, 0, kBytes);
-  }
-}
-inline void CopyAsync16(void* destination, const void* source, bool valid) {
-  Copy<16>(destination, source, valid);
-}
-inline void CopyAsync4(void* destination, const void* source, bool valid) {
-  Copy<4>(destination, source, valid);
-}
-inline void CommitCopies() {}
-template <int kPending>
-void WaitCopies() {}
-
-// max(x, 0) in which NaN stays NaN.
-inline float PositivePart(float x) { return std::isnan(x) || x > 0.0f ? x : 0.0f; }
 
 template <class Element, int kColumns, int kRows, int kThreads>
 void LoadSharedTile(const SharedTile<Element, kColumns>& tile, const Element* head,
@@ -116,17 +94,18 @@ struct Mma {
   }
   static void Multiply(const A& a, const B& b, float (&c)[4]) {
     struct Operands {
-      A a;
-      B b;
+      float a[8], b[4];  // two of each word
     };
-    const testing::OfWarp<Operands> all(Operands{a, b});
+    Operands own;
+    for (int i = 0; i < 8; ++i) own.a[i] = Half(a.x[i / 2], i % 2);
+    for (int i = 0; i < 4; ++i) own.b[i] = Half(b.x[i / 2], i % 2);
+    const testing::OfWarp<Operands> all(own);
     for (int e = 0; e < 4; ++e) {
       const int row = Lane() / 4 + e / 2 * 8, column = Lane() % 4 * 2 + e % 2;
       for (int k = 0; k < 16; ++k) {
         const int part = k % 8 / 2;  // which of four lanes
-        const uint32_t left = all.lane[row % 8 * 4 + part].a.x[row / 8 + k / 8 * 2];
-        const uint32_t right = all.lane[column * 4 + part].b.x[k / 8];
-        c[e] += Half(left, k % 2) * Half(right, k % 2);
+        c[e] += all.lane[row % 8 * 4 + part].a[row / 8 * 2 + k / 8 * 4 + k % 2] *
+                all.lane[column * 4 + part].b[k / 8 * 2 + k % 2];
       }
     }
   }
