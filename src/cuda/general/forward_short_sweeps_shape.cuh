@@ -38,15 +38,15 @@ struct SweepPlan {
 
 template <int kHeadDim>
 struct SweepShape {
-  // Of 16 queries, that a warp works on together. Two halve what is read from shared memory, but
-  // need half as many registers again, for which half as many warps have room.
+  // Of 16 queries, that a warp works on together. Two halve what is read from shared memory; one
+  // leaves room for more warps: 24 of 80 registers a thread, where two took 128.
   static constexpr int kStrips = kHeadDim == 32 ? 1 : 2;
   static constexpr int kQueries = kStripRows * kStrips;
   static constexpr int kMostBlocks = 32;  // of 16 keys that a strip sees: the bits of a word
   // Registers of a thread: 80, or 168.
   static constexpr int kMaxThreads = 384;
   static constexpr int kMinBlocks = kHeadDim == 32 ? 2 : 1;
-  // Entries of one row that a thread can hold, and slots for two rows together.
+  // Entries of one row that a thread can list, and slots for two rows together.
   static constexpr int kHeld = 16;
   static constexpr int kSlots = 2 * kHeld;
   // Of a warp: its lists; before and after them its queries and output rows.

@@ -100,16 +100,16 @@ struct SweepStrip {
   template <int kAtOnce, class Body>
   __device__ __forceinline__ void ForBlocks(Body body) const {
     const BlockRange clear = ClearBlocks();
-    const int clear_end = clear.first + (clear.end - clear.first) / kAtOnce * kAtOnce;
+    const int steps_end = clear.first + (clear.end - clear.first) / kAtOnce * kAtOnce;
 #pragma unroll 1
-    for (int block = clear.first; block < clear_end; block += kAtOnce) {
+    for (int block = clear.first; block < steps_end; block += kAtOnce) {
       body(block, std::false_type{}, std::integral_constant<int, 0>{});
       if constexpr (kAtOnce == 2) {
         body(block + 1, std::false_type{}, std::integral_constant<int, 1>{});
       }
     }
-    const auto other = [&](int i) { return i < clear.first ? i : i + clear_end - clear.first; };
-    const int others = blocks - (clear_end - clear.first);
+    const auto other = [&](int i) { return i < clear.first ? i : i + steps_end - clear.first; };
+    const int others = blocks - (steps_end - clear.first);
 #pragma unroll 1
     for (int i = 0; i < others; i += kAtOnce) {
       body(other(i), std::true_type{}, std::integral_constant<int, 0>{});
