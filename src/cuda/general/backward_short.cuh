@@ -162,13 +162,8 @@ struct ShortBackward {
     for (int step = 0; step < kSteps; ++step) {
       typename Product::B low, high;
       Product::LoadRowsB2(tile, first, step, &low, &high);
-      if (kFresh && step == 0) {
-        Product::MultiplyFirst(rows[step], low, c[0]);
-        Product::MultiplyFirst(rows[step], high, c[1]);
-      } else {
-        Product::Multiply(rows[step], low, c[0]);
-        Product::Multiply(rows[step], high, c[1]);
-      }
+      MultiplyStep<Product>(kFresh && step == 0, rows[step], low, c[0]);
+      MultiplyStep<Product>(kFresh && step == 0, rows[step], high, c[1]);
     }
   }
   static __device__ __forceinline__ int KeyOf(int first, int t, int e) {

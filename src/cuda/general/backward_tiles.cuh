@@ -252,13 +252,8 @@ __device__ __forceinline__ void AddDotProducts(const OwnOperand<Element, kHeadDi
       Product::LoadRowsB2(streamed, first + 8 * t, step, &low, &high);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        if (kFromZero && step == 0) {
-          Product::MultiplyFirst(a[m], low, c[m][t]);
-          Product::MultiplyFirst(a[m], high, c[m][t + 1]);
-        } else {
-          Product::Multiply(a[m], low, c[m][t]);
-          Product::Multiply(a[m], high, c[m][t + 1]);
-        }
+        MultiplyStep<Product>(kFromZero && step == 0, a[m], low, c[m][t]);
+        MultiplyStep<Product>(kFromZero && step == 0, a[m], high, c[m][t + 1]);
       }
     }
   }

@@ -109,13 +109,8 @@ struct ShortStrip {
         for (int step = 0; step < kHeld; ++step) {
           typename M::B low, high;
           M::LoadRowsB2(key, key_row + first, first_step + step, &low, &high);
-          if (kSteps == kHeld && step == 0) {
-            M::MultiplyFirst(a[step], low, score[block][0]);
-            M::MultiplyFirst(a[step], high, score[block][1]);
-          } else {
-            M::Multiply(a[step], low, score[block][0]);
-            M::Multiply(a[step], high, score[block][1]);
-          }
+          MultiplyStep<M>(kSteps == kHeld && step == 0, a[step], low, score[block][0]);
+          MultiplyStep<M>(kSteps == kHeld && step == 0, a[step], high, score[block][1]);
         }
       });
     }

@@ -154,11 +154,7 @@ struct SweepStrip {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const typename M::B keys{x[2 * half], x[2 * half + 1]};
-          if (step == 0) {
-            M::MultiplyFirst(rows, keys, score[strip][half]);
-          } else {
-            M::Multiply(rows, keys, score[strip][half]);
-          }
+          MultiplyStep<M>(step == 0, rows, keys, score[strip][half]);
         }
       }
     }

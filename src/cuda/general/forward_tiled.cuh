@@ -118,13 +118,8 @@ struct TiledStrip {
       for (int tile = 0; tile < kTiles; tile += 2) {
         typename M::B low, high;
         M::LoadRowsB2(key, tile * 8, step, &low, &high);
-        if (kFromZero && step == 0) {
-          M::MultiplyFirst(a, low, score[tile]);
-          M::MultiplyFirst(a, high, score[tile + 1]);
-        } else {
-          M::Multiply(a, low, score[tile]);
-          M::Multiply(a, high, score[tile + 1]);
-        }
+        MultiplyStep<M>(kFromZero && step == 0, a, low, score[tile]);
+        MultiplyStep<M>(kFromZero && step == 0, a, high, score[tile + 1]);
       }
     }
     const auto key_of = [&](int e) {

@@ -10,10 +10,12 @@
 //   Multiply(a, b, c)             c += A . B
 //   MultiplyFirst(a, b, c)        c = A . B: a sum that starts so needs no registers set to zero
 //   LoadRowsA(tile, row, step)    A = tile rows [row, row + 16), the step's kDepth columns
-//   LoadRowsB(tile, row, step)    B = transpose of tile rows [row, row + 8), the same columns: the
-//                                 sum runs along the tile's rows (scores: Q . K^T)
-//   LoadSumB(tile, row, column)   B = tile rows [row, row + kDepth), columns [column, column + 8):
-//                                 the sum runs over the tile's rows (output: P . V)
+//   LoadRowsB2(tile, row, step, &low, &high)     two B: transposes of tile rows [row, row + 8) and
+//                                 the next eight, the same columns: the sum runs along the tile's
+//                                 rows (scores: Q . K^T)
+//   LoadSumB2(tile, row, column, &low, &high)    two B: columns [column, column + 8) and the next
+//                                 eight of tile rows [row, row + kDepth): the sum runs over the
+//                                 tile's rows (output: P . V)
 //   LoadTransposedA(address)      A = transpose of 16 x 16 elements anywhere in shared memory
 //   FromAccumulators(c)           A from kDepth / 8 neighbouring accumulators (P for P . V). For
 //                                 float the order of the sum is permuted, as in LoadSumB.
@@ -101,49 +103,28 @@ struct HalfMma {
                                                 int step) {
     const int lane = threadIdx.x % 32;
     A a;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(SharedAddress(tile.At(row + lane % 16, step * kDepth + lane / 16 * 8))));
+    LoadMatrices<false>(SharedAddress(tile.At(row + lane % 16, step * kDepth + lane / 16 * 8)),
+                        a.x);
     return a;
-  }
-  template <int kColumns>
-  static __device__ __forceinline__ B LoadRowsB(const SharedTile<Element, kColumns>& tile, int row,
-                                                int step) {
-    const int lane = threadIdx.x % 32;
-    B b;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(b.x[0]), "=r"(b.x[1])
-                 : "r"(SharedAddress(tile.At(row + lane % 8, step * kDepth + lane / 8 % 2 * 8))));
-    return b;
   }
   // Two B fragments, of rows [row, row + 8) and [row + 8, row + 16), in one instruction.
   template <int kColumns>
   static __device__ __forceinline__ void LoadRowsB2(const SharedTile<Element, kColumns>& tile,
                                                     int row, int step, B* low, B* high) {
     const int lane = threadIdx.x % 32;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(low->x[0]), "=r"(low->x[1]), "=r"(high->x[0]), "=r"(high->x[1])
-                 : "r"(SharedAddress(
-                     tile.At(row + lane / 16 * 8 + lane % 8, step * kDepth + lane / 8 % 2 * 8))));
-  }
-  template <int kColumns>
-  static __device__ __forceinline__ B LoadSumB(const SharedTile<Element, kColumns>& tile, int row,
-                                               int column) {
-    const int lane = threadIdx.x % 32;
-    B b;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(b.x[0]), "=r"(b.x[1])
-                 : "r"(SharedAddress(tile.At(row + lane % 16, column))));
-    return b;
+    uint32_t x[4];
+    LoadMatrices<false>(
+        SharedAddress(tile.At(row + lane / 16 * 8 + lane % 8, step * kDepth + lane / 8 % 2 * 8)),
+        x);
+    *low = {x[0], x[1]};
+    *high = {x[2], x[3]};
   }
   // A from a matrix that lies transposed. Lane l gives the address of row l % 8 of the 8 x 8 matrix
   // l / 8: the first two become the upper and lower half of A's first 8 columns, the others of its
   // last 8.
   static __device__ __forceinline__ A LoadTransposedA(const Element* address) {
     A a;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(SharedAddress(address)));
+    LoadMatrices<true>(SharedAddress(address), a.x);
     return a;
   }
   static __device__ __forceinline__ uint32_t Pack(float low, float high) {
@@ -159,9 +140,10 @@ struct HalfMma {
   static __device__ __forceinline__ void LoadSumB2(const SharedTile<Element, kColumns>& tile,
                                                    int row, int column, B* low, B* high) {
     const int lane = threadIdx.x % 32;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(low->x[0]), "=r"(low->x[1]), "=r"(high->x[0]), "=r"(high->x[1])
-                 : "r"(SharedAddress(tile.At(row + lane % 16, column + lane / 16 * 8))));
+    uint32_t x[4];
+    LoadMatrices<true>(SharedAddress(tile.At(row + lane % 16, column + lane / 16 * 8)), x);
+    *low = {x[0], x[1]};
+    *high = {x[2], x[3]};
   }
 };
 
@@ -290,6 +272,18 @@ struct Mma<float> {
     Multiply(a, b, c);
   }
 };
+
+// One step of a sum: c += A . B, or c = A . B if this is the first one, which must be known when
+// the code is compiled.
+template <class Product>
+__device__ __forceinline__ void MultiplyStep(bool first, const typename Product::A& a,
+                                             const typename Product::B& b, float (&c)[4]) {
+  if (first) {
+    Product::MultiplyFirst(a, b, c);
+  } else {
+    Product::Multiply(a, b, c);
+  }
+}
 
 }  // namespace flash_entmax::cuda
 

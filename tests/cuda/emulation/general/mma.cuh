@@ -125,6 +125,17 @@ struct Mma {
   }
 };
 
+// As in the other file.
+template <class Product>
+void MultiplyStep(bool first, const typename Product::A& a, const typename Product::B& b,
+                  float (&c)[4]) {
+  if (first) {
+    Product::MultiplyFirst(a, b, c);
+  } else {
+    Product::Multiply(a, b, c);
+  }
+}
+
 }  // namespace flash_entmax::cuda
 
 #endif  // FLASH_ENTMAX_CUDA_GENERAL_MMA_CUH_
