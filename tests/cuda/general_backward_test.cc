@@ -32,6 +32,7 @@ struct Tiled {
 
   template <class Variant>
   bool Try() const {
+    testing::SetSharedMemory(shared_bytes, Variant::Shared::kBytes);
     const typename Variant::Shared shared{reinterpret_cast<Element*>(shared_bytes)};
     return columns ? BackwardColumns<Variant>(call, head, tile, shared, 1.0f)
                    : BackwardRows<Variant>(call, head, tile, shared, 1.0f);
@@ -109,6 +110,7 @@ class Problem : public RandomProblem<ElementType> {
       const ShortBackwardPlan& plan = call.short_rows;
       ASSERT_GT(plan.query_rows, 0) << "the plan does not take this problem";
       const int threads = std::max(plan.query_rows, plan.key_rows) > 112 ? kMostShortThreads : 128;
+      testing::SetSharedMemory(shared_bytes, plan.Bytes());
       for (int block = 0; block < s.batch * s.heads; ++block) {
         std::memset(shared_bytes, 0xff, sizeof(shared_bytes));
         testing::RunBlock(block, threads,

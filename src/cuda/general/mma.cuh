@@ -145,43 +145,18 @@ struct HalfMma {
     *low = {x[0], x[1]};
     *high = {x[2], x[3]};
   }
-};
-
-template <>
-struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {
   static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    MultiplyMatrices<Element, true>(a.x, b.x, c);
   }
   static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(0.0f));
+    MultiplyMatrices<Element, false>(a.x, b.x, c);
   }
 };
 
 template <>
-struct Mma<__half> : HalfMma<__half> {
-  static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
-  }
-  static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(0.0f));
-  }
-};
+struct Mma<__nv_bfloat16> : HalfMma<__nv_bfloat16> {};
+template <>
+struct Mma<__half> : HalfMma<__half> {};
 
 // float as the sum of two TF32 numbers: three of the four products; what is dropped is below 2^-22.
 template <>
@@ -196,8 +171,8 @@ struct Mma<float> {
   };
 
   static __device__ __forceinline__ void Split(float x, uint32_t* high, uint32_t* low) {
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*high) : "f"(x));
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*low) : "f"(x - __uint_as_float(*high)));
+    *high = ToTf32(x);
+    *low = ToTf32(x - __uint_as_float(*high));
   }
   template <int kColumns>
   static __device__ __forceinline__ A LoadRowsA(const SharedTile<float, kColumns>& tile, int row,
@@ -254,18 +229,10 @@ struct Mma<float> {
     Split(c[3], &a.high[3], &a.low[3]);
     return a;
   }
-  static __device__ __forceinline__ void MultiplyOnce(const uint32_t (&a)[4],
-                                                      const uint32_t (&b)[2], float (&c)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
   static __device__ __forceinline__ void Multiply(const A& a, const B& b, float (&c)[4]) {
-    MultiplyOnce(a.low, b.high, c);
-    MultiplyOnce(a.high, b.low, c);
-    MultiplyOnce(a.high, b.high, c);
+    MultiplyTf32(a.low, b.high, c);
+    MultiplyTf32(a.high, b.low, c);
+    MultiplyTf32(a.high, b.high, c);
   }
   static __device__ __forceinline__ void MultiplyFirst(const A& a, const B& b, float (&c)[4]) {
     c[0] = c[1] = c[2] = c[3] = 0.0f;

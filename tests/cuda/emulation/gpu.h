@@ -1,8 +1,8 @@
 // Runs a kernel's own source on the CPU: each thread of a block is a fiber, and what the threads of
 // a warp or of a block do together (shuffles, matrix products, barriers) waits for all of them.
 // Slow, exact about who reads and writes what, and in need of no GPU. The kernel's file is compiled
-// with this folder before src/cuda among the include folders: general/mma.cuh and general/ptx.cuh
-// here take the place of those with inline PTX.
+// with this folder before src/cuda among the include folders: general/ptx.cuh here takes the place
+// of the one with inline PTX.
 //
 // Only what the kernels under test use is here; the rest of what their headers mention is declared,
 // and ends the program if it is called.
@@ -11,6 +11,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <bit>
@@ -107,6 +108,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }  // NaN: 0
 inline float __log2f(float x) { return std::log2(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
@@ -126,6 +128,10 @@ inline int atomicMax(int* address, int value) {
   return std::exchange(*address, std::max(*address, value));
 }
 
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
 inline float __fmul_ru(float, float) { flash_entmax::testing::NotEmulated(); }
 inline float __fmul_rd(float, float) { flash_entmax::testing::NotEmulated(); }
 

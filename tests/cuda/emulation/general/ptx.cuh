@@ -35,6 +35,35 @@ void LoadMatrices(uint32_t address, uint32_t (&x)[4]) {
   }
 }
 
+// As sums in float, in the order of the columns of A.
+template <class Element, bool kAdd>
+void MultiplyMatrices(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
+  struct Operands {
+    float a[8], b[4];  // two of each word
+  };
+  const auto half = [](uint32_t pair, int which) {
+    return static_cast<float>(std::bit_cast<Element>(static_cast<uint16_t>(pair >> (16 * which))));
+  };
+  Operands own;
+  for (int i = 0; i < 8; ++i) own.a[i] = half(a[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) own.b[i] = half(b[i / 2], i % 2);
+  const testing::OfWarp<Operands> all(own);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    if (!kAdd) c[e] = 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      const int part = k % 8 / 2;  // which of four lanes
+      c[e] += all.lane[row % 8 * 4 + part].a[row / 8 * 2 + k / 8 * 4 + k % 2] *
+              all.lane[column * 4 + part].b[k / 8 * 2 + k % 2];
+    }
+  }
+}
+inline uint32_t ToTf32(float) { testing::NotEmulated(); }
+inline void MultiplyTf32(const uint32_t (&)[4], const uint32_t (&)[2], float (&)[4]) {
+  testing::NotEmulated();
+}
+
 inline void StoreShared(uint32_t address, float x) {
   *static_cast<float*>(testing::SharedAt(address, sizeof(x))) = x;
 }
