@@ -7,19 +7,20 @@
 //               the group maxima is a lower bound of the row's own, close to it (Newton from the
 //               left, four lanes a row);
 //   2. list     each thread writes the scores above the bound, the only ones that can have a
-//               positive probability, to a list of its own in shared memory, over which Newton goes
-//               to the exact threshold. Where a list is too long, every step sweeps over the scores
-//               instead;
+//               positive probability, to a list of its own in shared memory. From these comes the
+//               exact threshold: for alpha = 1.5 the root as if all of them kept a positive weight,
+//               most do, then Newton. Where a list is too long, every step sweeps over the scores;
 //   3. output   O = P.V over the blocks of 16 keys in which something was listed, and with a
 //               backward to come the mean of V under u = p^(2 - alpha), from the same scores and
 //               values.
-// Blocks of keys that every row of the strip sees have loops of their own, without a mask: what is
-// left of them are little more than the products, one comparison or weight a score, and loads.
-// Nothing passes between warps but the number of the next strip, so there are two barriers a block:
-// keys arrived, values arrived. Strips are dealt from the one with the most keys down, the first of
-// each warp by its number, then to whichever warp is free.
-// Memory traffic: each query is read once, each output row written once; keys and values are read
-// once a block, which has a whole head where the grid is large enough.
+// Blocks of keys that every row of the strip sees have loops of their own, two blocks a step and
+// without a mask: what is left of them are little more than the products, one comparison or weight
+// a score, and loads. Nothing passes between warps but the number of the next strip, so there are
+// two barriers a block: keys arrived, values arrived. Strips are dealt from the one with the most
+// keys down, the first of each warp by its number, then to whichever warp is free.
+// Memory traffic: each query is read once, straight into operands of the products, and each output
+// row written once, straight from their results; keys and values are read once a block, which has a
+// whole head where the grid is large enough.
 #ifndef FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_CUH_
 #define FLASH_ENTMAX_CUDA_GENERAL_FORWARD_SHORT_SWEEPS_CUH_
 
@@ -61,18 +62,12 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
       reinterpret_cast<unsigned char*>(value.data + plan.key_rows * kHeadDim) +
       plan.warps * Shape::kWarpBytes);
   if (threadIdx.x == 0) *next_strip = plan.warps;
-  const auto load_queries = [&](int first) {
-    LoadRows(ComputeHere(lane), 32, Tile{reinterpret_cast<Element*>(own)}, 0,
-             call.query.Row<const Element>(part.batch, head, part.first_query), call.query, first,
-             int{Shape::kQueries}, part.queries, problem.head_dim);
-  };
   const int base = KeyRange::Of(problem, part, place.first).first;
   const int seen = max(KeyRange::Of(problem, part, end_row - 1).end - base, 0);
   const int key_rows = min((seen + 31) / 32 * 32, plan.key_rows);
   const int kv_head = head / problem.group;
   const int first_key = part.first_key + base;
   int index = warp;
-  if (index < strips) load_queries(row_of(index));
   LoadRows(threadIdx.x, blockDim.x, key, 0,
            call.key.Row<const Element>(part.batch, kv_head, first_key), call.key, 0, key_rows,
            part.keys - base, problem.head_dim);
@@ -88,26 +83,23 @@ __global__ void __launch_bounds__((SweepShape<kHeadDim>::kMaxThreads),
       {call, part, curve, head, own, coefficient, 1.0f / coefficient}};
   strip.end_row = end_row;
   WaitCopies<1>();
-  __syncthreads();  // Queries and keys are there.
+  __syncthreads();  // Keys are there.
 #pragma unroll 1
   for (bool first = true; first || index < strips; first = false) {
     const bool needed = index < strips;
-    if (!first) {
-      __syncwarp();  // The warp may still be reading its output rows.
-      load_queries(row_of(index));
-      CommitCopies();
-      WaitCopies<0>();
-      __syncwarp();
-    }
     if (needed) {
       strip.Place(row_of(index), base, key, value);
-      strip.Solve();
+      strip.StartFromGroups();
     }
     if (first) {
+      // Not later: until here the strips of a block take about the same time.
       WaitCopies<0>();
       __syncthreads();  // Values are there.
     }
-    if (needed) strip.StoreResults();
+    if (needed) {
+      strip.Solve();
+      strip.StoreResults();
+    }
     if (lane == 0) index = atomicAdd(next_strip, 1);
     index = __shfl_sync(kWarp, index, 0);
   }

@@ -20,12 +20,10 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   using Strip::first_row;
   using Strip::head;
   using Strip::hits;
-  using Strip::Lane;
-  using Strip::maximum;
-  using Strip::own;
+  using Strip::LaneHere;
   using Strip::part;
   using Strip::Row;
-  using Strip::threshold;
+  using Strip::tau;
   using Strip::value_address;
   static constexpr int kRows = Strip::kRows;
   static constexpr int kTiles = kHeadDim / 8;  // accumulators of the output of 16 queries
@@ -45,6 +43,17 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     if (call.saved.weighted_value != nullptr) StoreProduct<true>();
   }
 
+  // Calls body(block, masked) for the blocks of `hits`, see ForBlocks. Two strips have no registers
+  // for two blocks in flight.
+  template <bool kSplit = true, class Body>
+  __device__ __forceinline__ void ForHits(Body body) const {
+    this->template ForBlocks<kSplit>([&](int block, auto count, auto masked) {
+      if ((hits >> block & (count.value == 2 ? 3u : 1u)) == 0) return;
+#pragma unroll(Shape::kStrips == 1 ? 2 : 1)
+      for (int place = 0; place < count.value; ++place) body(block + place, masked);
+    });
+  }
+
   // Both results of kTogether strips from number kFirst on. False, in all lanes, if a sum is not
   // finite; then what was stored is to be replaced.
   template <int kFirst>
@@ -55,7 +64,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
       output[i / 4][i % 4] = 0.0f;
       mean[i / 4][i % 4] = 0.0f;
     }
-    this->template ForHits<true>([&](int block, auto masked) {
+    ForHits([&](int block, auto masked) {
       float score[kTogether][2][4];
       this->template ComputeScores<masked.value, kFirst>(block, score);
       typename M::A p[kTogether], u[kTogether];
@@ -67,7 +76,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
           for (int e = 0; e < 8; ++e) {
             const int own_i = 2 * strip + e / 2 % 2, i = 2 * kFirst + own_i;
             float& s = score[strip][e / 4][e % 4];
-            const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
+            const float excess = Excess(coefficient, s, tau[i]);
             float own_p = excess * excess, own_u = excess;
             if constexpr (!kFast) weights.Of(excess, &own_p, &own_u);
             slope[own_i] += own_u;
@@ -110,12 +119,12 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     for (int i = 0; i < 4 * kSums; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) slope[i] = 0.0f;
-    this->template ForHits<kPlain>([&](int block, auto masked) {
+    ForHits<kPlain>([&](int block, auto masked) {
       float weight[Shape::kStrips][2][4];
       this->template ComputeScores<masked.value>(block, weight);
       this->WithCurve([&](const auto& weights) {
         Strip::ForScores(weight, [&](float& s, int i) {
-          const float excess = Excess(coefficient, s - maximum[i], threshold[i]);
+          const float excess = Excess(coefficient, s, tau[i]);
           float p = excess * excess, u = excess;
           if constexpr (!kFast) weights.Of(excess, &p, &u);
           if constexpr (kMean) slope[i] += u;
@@ -163,14 +172,15 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     Store<kMean, 0>(sums, slope);
   }
 
-  // Stores one result of some strips from number kFirst on.
+  // Stores one result of some strips from number kFirst on: every thread the pairs of columns that
+  // it has.
   template <bool kMean, int kFirst, int kCount>
   __device__ __forceinline__ void Store(const float (&sums)[kCount][4],
                                         const float (&slope)[2 * kCount / kTiles]) const {
-    // Rows pass through the warp's shared memory, which makes their stores wide.
-    const int lane = ComputeHere(Lane());
-    const Tile rows{reinterpret_cast<Element*>(own)};
-    __syncwarp();  // The warp may still be reading lists, or the rows of the other result.
+    const int lane = LaneHere();
+    const auto result = ResultRows<Element>::Of(call, kMean, part.batch, head);
+    const int columns = call.problem.value_dim;
+    const bool whole = result.vectors && columns == kHeadDim;
 #pragma unroll
     for (int own_i = 0; own_i < 2 * kCount / kTiles; ++own_i) {
       const int i = 2 * kFirst + own_i;
@@ -179,48 +189,31 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
         const float total = QuadSum(slope[own_i]);
         scale = total > 0.0f ? __fdividef(scale, total) : 0.0f;
       }
-      const float tau = fmaf(coefficient, maximum[i], threshold[i]);
+      if (Row(i) >= end_row) continue;
       const KeyRange range = KeyRange::Of(call.problem, part, Row(i));
       const bool empty = range.end <= range.first;
-      if (!empty && isnan(tau)) scale = NAN;
-      if (!kMean && lane % 4 == 0 && Row(i) < end_row) {
-        StoreThreshold(call, part.batch, head, part.first_query + Row(i), empty ? NAN : tau);
+      if (!empty && isnan(tau[i])) scale = NAN;
+      const int64_t row = part.first_query + Row(i);
+      if (!kMean && lane % 4 == 0) {
+        StoreThreshold(call, part.batch, head, row, empty ? NAN : tau[i]);
       }
+      Element* const destination = result.data + row * result.row_stride;
+      const auto for_pairs = [&](auto store) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const float* const pair = &sums[own_i / 2 * kTiles + tile][i % 2 * 2];
-        *reinterpret_cast<uint32_t*>(rows.At(lane / 4 + 8 * i, 8 * tile + lane % 4 * 2)) =
-            M::Pack(pair[0] * scale, pair[1] * scale);
-      }
-    }
-    __syncwarp();
-    constexpr int kFirstRow = kFirst * kStripRows;
-    StoreRows<kFirstRow, kFirstRow + kCount / kTiles * kStripRows>(
-        rows, ResultRows<Element>::Of(call, kMean, part.batch, head));
-  }
-
-  // Rows [kBegin, kEnd) of the warp, four columns of a row for each lane at a time.
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void StoreRows(const Tile& rows,
-                                            const ResultRows<Element>& result) const {
-    constexpr int kPieces = kHeadDim / 4, kRowsAtOnce = 32 / kPieces;
-    const int lane = ComputeHere(Lane());
-    const int column = lane % kPieces * 4;
-    const int columns = call.problem.value_dim;
-#pragma unroll 4
-    for (int first = kBegin; first < kEnd; first += kRowsAtOnce) {
-      const int row = first + lane / kPieces;
-      const Element* const source = rows.At(row, column);
-      if (first_row + row >= end_row) continue;
-      Element* const destination =
-          result.data + (part.first_query + first_row + row) * result.row_stride;
-      if (result.vectors && column + 4 <= columns) {
-        *reinterpret_cast<uint2*>(destination + column) = *reinterpret_cast<const uint2*>(source);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (column + e < columns) destination[(column + e) * result.column_stride] = source[e];
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float* const sum = &sums[own_i / 2 * kTiles + tile][i % 2 * 2];
+          const float pair[2] = {sum[0] * scale, sum[1] * scale};
+          store(8 * tile + lane % 4 * 2, pair);
         }
+      };
+      if (whole) {
+        for_pairs([&](int column, const float(&pair)[2]) {
+          *reinterpret_cast<uint32_t*>(destination + column) = M::Pack(pair[0], pair[1]);
+        });
+      } else {
+        for_pairs([&](int column, const float(&pair)[2]) {
+          StoreColumns(destination, result.column_stride, column, columns, result.vectors, pair);
+        });
       }
     }
   }

@@ -49,11 +49,10 @@ struct SweepShape {
   // Entries of one row that a thread can list, and slots for two rows together.
   static constexpr int kHeld = 16;
   static constexpr int kSlots = 2 * kHeld;
-  // Of a warp: its lists; before and after them its queries and output rows.
+  // Of a warp: its lists.
   static constexpr int kWarpBytes = kStrips * kSlots * 32 * static_cast<int>(sizeof(float));
-  static_assert(kWarpBytes >= kQueries * kHeadDim * 2 && kWarpBytes % 128 == 0);
 
-  // Keys, values, the warps' parts, and the number of the next strip.
+  // Keys, values, the warps' lists, and the number of the next strip.
   static constexpr size_t Bytes(const SweepPlan& plan) {
     return static_cast<size_t>(2 * plan.key_rows) * kHeadDim * 2 +
            static_cast<size_t>(plan.warps) * kWarpBytes + 16;

@@ -35,24 +35,27 @@ struct SweepStrip {
   int blocks;                  // of 16 keys
   uint32_t hits;               // blocks that may hold a positive probability
   int clear_first, clear_end;  // keys that every row of the strip sees, counted from first_key
+  int pairs_first, pairs_end;  // blocks without hidden keys, two at a time
   int end[kRows];              // of the row's keys, counted from the thread's first key
   float factor[kRows];         // of the dot product; only if not kFast
-  float maximum[kRows], threshold[kRows];
+  float maximum[kRows], threshold[kRows];  // see Excess
+  float tau[kRows];                        // both together, in units of z
   typename M::A query[kStrips][kSteps];
   uint32_t key_address, value_address;  // of the lane's row in the first block
 
-  static __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ __forceinline__ int Row(int i) const {
-    return first_row + ComputeHere(Lane()) / 4 + 8 * i;
-  }
+  static __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x % 32); }
+  // Worked out where it is used. The mask tells the compiler that it is not negative.
+  static __device__ __forceinline__ int LaneHere() { return ComputeHere(Lane()) & 31; }
+  __device__ __forceinline__ int Row(int i) const { return first_row + LaneHere() / 4 + 8 * i; }
 
-  // Places the strip that starts at `strip_row`. `base`: the sequence's key in the first row of the
-  // tiles. Its queries must lie in the warp's shared memory.
+  // Places the strip that starts at `strip_row` and loads its queries. `base`: the sequence's key
+  // in the first row of the tiles.
   __device__ __forceinline__ void Place(int strip_row, int base, const Tile& key,
                                         const Tile& value) {
     const GeneralProblem& problem = call.problem;
-    const int lane = ComputeHere(Lane());
+    const int lane = LaneHere();
     first_row = strip_row;
+    LoadQueries();
     const KeyRange top = KeyRange::Of(problem, part, strip_row);
     const KeyRange bottom =
         KeyRange::Of(problem, part, min(strip_row + Shape::kQueries, end_row) - 1);
@@ -63,6 +66,8 @@ struct SweepStrip {
                  : 0;
     clear_first = bottom.first - first_key;
     clear_end = top.end - first_key;
+    pairs_first = min(max(clear_first + 15, 0) / 16, blocks);
+    pairs_end = pairs_first + max(min(max(clear_end, 0) / 16, blocks) - pairs_first, 0) / 2 * 2;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       end[i] = KeyRange::Of(problem, part, Row(i)).end - first_key - lane % 4 * 2;
@@ -73,70 +78,67 @@ struct SweepStrip {
     key_address = SharedAddress(key.At(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8)) +
                   tile_row * Tile::kRowBytes;
     value_address = SharedAddress(value.At(lane % 16, lane / 16 * 8)) + tile_row * Tile::kRowBytes;
-    const uint32_t query_address =
-        SharedAddress(Tile{reinterpret_cast<Element*>(own)}.At(lane % 16, lane / 16 * 8));
-#pragma unroll
-    for (int strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        LoadMatrices<false>((query_address ^ (step * 32)) + strip * kStripRows * Tile::kRowBytes,
-                            query[strip][step].x);
-      }
-    }
-    __syncwarp();  // The lists may take the place of the queries.
   }
 
-  struct BlockRange {
-    int first, end;
-  };
-  // The blocks of which every row of the strip sees all keys.
-  __device__ __forceinline__ BlockRange ClearBlocks() const {
-    const int first = min(max(clear_first + 15, 0) / 16, blocks);
-    return {first, max(first, min(max(clear_end, 0) / 16, blocks))};
-  }
-
-  // Calls body(block, masked, place) for every block: kAtOnce of them, in places 0 to kAtOnce - 1,
-  // in a step of the loop. `masked` and `place` are constants; first those that need no mask.
-  template <int kAtOnce, class Body>
-  __device__ __forceinline__ void ForBlocks(Body body) const {
-    const BlockRange clear = ClearBlocks();
-    const int steps_end = clear.first + (clear.end - clear.first) / kAtOnce * kAtOnce;
-#pragma unroll 1
-    for (int block = clear.first; block < steps_end; block += kAtOnce) {
-      body(block, std::false_type{}, std::integral_constant<int, 0>{});
-      if constexpr (kAtOnce == 2) {
-        body(block + 1, std::false_type{}, std::integral_constant<int, 1>{});
-      }
-    }
-    const auto other = [&](int i) { return i < clear.first ? i : i + steps_end - clear.first; };
-    const int others = blocks - (steps_end - clear.first);
-#pragma unroll 1
-    for (int i = 0; i < others; i += kAtOnce) {
-      body(other(i), std::true_type{}, std::integral_constant<int, 0>{});
-      if constexpr (kAtOnce == 2) {
-        if (i + 1 < others) {
-          body(other(i + 1), std::true_type{}, std::integral_constant<int, 1>{});
+  // Straight into operands: every thread has two neighbouring columns of its rows in each eight.
+  __device__ __forceinline__ void LoadQueries() {
+    const int columns = call.problem.head_dim;
+    const Element* const rows =
+        call.query.Row<const Element>(part.batch, head, part.first_query + Row(0));
+    const auto for_pairs = [&](auto load) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool valid = Row(i) < part.queries;
+        const Element* const row = rows + 8 * i * call.query.row;
+#pragma unroll
+        for (int piece = 0; piece < kHeadDim / 8; ++piece) {
+          uint32_t& pair = query[i / 2][piece / 2].x[piece % 2 * 2 + i % 2];
+          pair = valid ? load(row, 8 * piece + LaneHere() % 4 * 2) : 0;
         }
       }
+    };
+    if (call.query.vectors && columns == kHeadDim) {
+      for_pairs([](const Element* row, int column) {
+        return *reinterpret_cast<const uint32_t*>(row + column);
+      });
+    } else {
+      for_pairs([&](const Element* row, int column) {
+        return LoadPair(row, call.query.column, column, columns);
+      });
     }
   }
 
-  // Calls body(block, masked) for the blocks of `hits`. Unless kSplit, all count as masked.
-  template <bool kSplit, class Body>
-  __device__ __forceinline__ void ForHits(Body body) const {
-    uint32_t unmasked = 0;
+  // Column number `column` of a row and the next one, wherever they are; zeros from `columns` on.
+  static __device__ __forceinline__ uint32_t LoadPair(const Element* row, int64_t column_stride,
+                                                      int column, int columns) {
+    uint32_t pair = 0;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (column + e >= columns) break;
+      const auto* const source =
+          reinterpret_cast<const uint16_t*>(row + (column + e) * column_stride);
+      pair |= static_cast<uint32_t>(*source) << 16 * e;
+    }
+    return pair;
+  }
+
+  // Calls body(block, count, masked) for all blocks: `count` of them from `block` on, 1 or 2;
+  // `masked`: some of their keys may be hidden from some rows. Both are constants. Unless kSplit,
+  // all are taken singly and count as masked.
+  template <bool kSplit = true, class Body>
+  __device__ __forceinline__ void ForBlocks(Body body) const {
+    int skipped = 0;
     if constexpr (kSplit) {
-      const BlockRange clear = ClearBlocks();
-      const int count = clear.end - clear.first;
-      unmasked = count == 0 ? 0 : ~0u >> (Shape::kMostBlocks - count) << clear.first;
 #pragma unroll 1
-      for (uint32_t left = hits & unmasked; left != 0; left &= left - 1) {
-        body(__ffs(left) - 1, std::false_type{});
+      for (int block = pairs_first; block < pairs_end; block += 2) {
+        body(block, std::integral_constant<int, 2>{}, std::false_type{});
       }
+      skipped = pairs_end - pairs_first;
     }
 #pragma unroll 1
-    for (uint32_t left = hits & ~unmasked; left != 0; left &= left - 1) {
-      body(__ffs(left) - 1, std::true_type{});
+    for (int i = 0; i < blocks - skipped; ++i) {
+      const int block = kSplit && i >= pairs_first ? i + skipped : i;
+      body(block, std::integral_constant<int, 1>{}, std::true_type{});
     }
   }
 
@@ -210,10 +212,15 @@ struct SweepStrip {
     }
   }
 
-  // The threshold of every row: in `maximum` and `threshold`, see Excess.
+  // The threshold of every row, in `tau`, after StartFromGroups.
   __device__ __forceinline__ void Solve() {
-    StartFromGroups();
-    if (SolveLists()) return;
+    if (!SolveLists()) SolveScores();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) tau[i] = fmaf(coefficient, maximum[i], threshold[i]);
+  }
+
+  // Newton with a sweep over the scores in every step.
+  __device__ __forceinline__ void SolveScores() {
     hits = blocks == 32 ? ~0u : (1u << blocks) - 1;
 #pragma unroll 1
     for (int pass = 0; pass < kMaxPasses; ++pass) {
@@ -264,6 +271,11 @@ struct SweepStrip {
       }
       body(weights, own_mass, own_slope, delta);
     });
+    Move(delta);
+  }
+
+  // Adds every row's step, which one of its four lanes has, see SumRows, to its threshold.
+  __device__ __forceinline__ void Move(float delta) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       threshold[i] += __shfl_sync(kWarp, delta, Lane() / 4 * 4 + i);
@@ -288,15 +300,18 @@ struct SweepStrip {
     float group[kRows][kGroups];
 #pragma unroll
     for (int g = 0; g < kRows * kGroups; ++g) group[g / kGroups][g % kGroups] = -INFINITY;
-    ForBlocks<2>([&](int block, auto masked, auto place) {
-      float score[kStrips][2][4];
-      ComputeScores<masked.value>(block, score);
+    ForBlocks([&](int block, auto count, auto masked) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
+      for (int place = 0; place < count.value; ++place) {
+        float score[kStrips][2][4];
+        ComputeScores<masked.value>(block + place, score);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& largest = group[i][4 * place.value + e];
-          largest = MaxKeepNan(largest, score[i / 2][e / 2][i % 2 * 2 + e % 2]);
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& largest = group[i][4 * place + e];
+            largest = MaxKeepNan(largest, score[i / 2][e / 2][i % 2 * 2 + e % 2]);
+          }
         }
       }
     });
@@ -326,9 +341,8 @@ struct SweepStrip {
       // A bound need not be sharp. Every iterate from the left is one. The error that is left is of
       // the order of the last step squared; alpha near 1 magnifies it.
       bool moved = false;
-      Step(mass, slope, [&](const auto&, float, float, float delta) {
-        moved = delta > (kFast ? 0.03f : 1e-3f);
-      });
+      Step(mass, slope,
+           [&](const auto&, float, float, float delta) { moved = delta > (kFast ? 0.1f : 1e-3f); });
       if (!__any_sync(kWarp, moved)) break;
     }
   }
@@ -356,24 +370,34 @@ struct SweepStrip {
     FillLists();
     int before = kStrips * (kSlots - 1) * kStep;
     hits = 0;
-    ForBlocks<1>([&](int block, auto masked, auto /*place*/) {
-      float score[kStrips][2][4];
-      ComputeScores<masked.value>(block, score);
+    ForBlocks([&](int block, auto count, auto masked) {
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {
         // A block may fill four slots from either end. Lists that meet are noticed afterwards.
-        if (next[i + 1] - next[i] < 3 * kStep) cut[i] = cut[i + 1] = INFINITY;
+        if (next[i + 1] - next[i] < (4 * count.value - 1) * kStep) cut[i] = cut[i + 1] = INFINITY;
       }
-      ForScores(score, [&](float s, int i) {
-        if (s > cut[i]) {
-          StoreShared(next[i], s);
-          next[i] += i % 2 == 0 ? kStep : -kStep;
+      constexpr int kAtOnce = kStrips == 1 ? count.value : 1;  // blocks
+#pragma unroll
+      for (int first = block; first < block + count.value; first += kAtOnce) {
+        float score[kAtOnce][kStrips][2][4];
+#pragma unroll
+        for (int place = 0; place < kAtOnce; ++place) {
+          ComputeScores<masked.value>(first + place, score[place]);
         }
-      });
+#pragma unroll
+        for (int place = 0; place < kAtOnce; ++place) {
+          ForScores(score[place], [&](float s, int i) {
+            if (s > cut[i]) {
+              StoreShared(next[i], s);
+              next[i] += i % 2 == 0 ? kStep : -kStep;
+            }
+          });
+        }
+      }
       int room = 0;
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) room += next[i + 1] - next[i];
-      if (__any_sync(kWarp, room != before)) hits |= 1u << block;
+      if (__any_sync(kWarp, room != before)) hits |= (count.value == 2 ? 3u : 1u) << block;
       before = room;
     });
     int most = 0;  // entries of a row in a thread's list
@@ -406,14 +430,37 @@ struct SweepStrip {
           for (int i = 0; i < kRows; ++i) from[i] += (i % 2 == 0 ? kAtOnce : -kAtOnce) * kStep;
         }
       });
-      if (!Advance(4 * most, mass, slope)) break;
+      if (kFast && pass == 0) {
+        float count[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int start = lists + end_of_list(i);
+          count[i] = static_cast<float>(i % 2 == 0 ? next[i] - start : start - next[i]) / kStep;
+        }
+        StepTogether(mass, slope, count);
+      } else if (!Advance(4 * most, mass, slope)) {
+        break;
+      }
     }
     return true;
   }
 
+  // The first step over lists, for alpha = 1.5: to where the mass would be 1 if all `count` keys
+  // listed kept a positive weight, the smaller root of count d^2 - 2 slope d + mass = 1. Few of
+  // them lose theirs, so that little is left for Newton, which may start from either side. NaN
+  // without a weight.
+  __device__ __forceinline__ void StepTogether(const float (&mass)[kRows],
+                                               const float (&slope)[kRows],
+                                               const float (&count)[kRows]) {
+    const float own_slope = SumRows(slope), excess_mass = SumRows(mass) - 1.0f;
+    const float square = fmaf(own_slope, own_slope, -SumRows(count) * excess_mass);
+    const float root = SquareRoot(fmaxf(square, 0.0f));
+    Move(__fdividef(excess_mass * own_slope, own_slope * (own_slope + root)));
+  }
+
   // Empties the warp's lists.
   __device__ __forceinline__ void FillLists() const {
-    __syncwarp();  // The warp may still be reading its output rows.
+    __syncwarp();  // The warp may still be reading the lists of the strip before.
     auto* const lists = reinterpret_cast<float4*>(own) + Lane();
 #pragma unroll
     for (int i = 0; i < kStrips * Shape::kSlots / 4; ++i) {
