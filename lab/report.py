@@ -170,6 +170,12 @@ def findings(variants):
     lengths = multiples(next(iter(variants.values())))
     single = any(len(results) == 1 for results in variants.values())
     level = []
+
+    def seeds(name):
+        counts = [len(variants[n]) for n in (name, "softmax")]
+        return ("one seed each" if counts == [1, 1] else
+                f"{counts[0]} seed{'s' * (counts[0] > 1)} of {name}, {counts[1]} of softmax")
+
     for multiple in lengths:
         if "softmax" not in variants or not sparse:
             break
@@ -179,16 +185,17 @@ def findings(variants):
                 f"{100 * mean(best, multiple):.1f} % of the sequences, softmax "
                 f"{100 * mean('softmax', multiple):.1f} %")
         if gap > 0.05:
-            lines.append(f"{text}: " + ("one seed each." if single else
+            lines.append(f"{text}: " + (f"{seeds(best)}." if single else
                                         f"every seed of {best} is ahead of every seed of softmax."))
         elif highest("softmax", multiple) - lowest(best, multiple) > 0.05 and (
                 mean("softmax", multiple) > mean(best, multiple) + 0.05):
-            lines.append(f"{text}: softmax is ahead" + (" (one seed each)." if single else "."))
+            lines.append(f"{text}: softmax is ahead" + (f" ({seeds(best)})." if single else "."))
         else:
             level.append(f"{multiple:g}×")
     if level:
         lines.append(f"At {', '.join(level)} sparse attention and softmax are level, "
-                     + ("within 5 points (one seed each)." if single else "within the spread of seeds."))
+                     + (f"within 5 points ({seeds(best)})." if single else
+                        "within the spread of seeds."))
     first = lengths[0]
     for name in linear:
         others = [n for n in variants if n not in linear]

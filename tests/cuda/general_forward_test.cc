@@ -29,6 +29,12 @@ struct Shares {
   int warps = 2, turns = 2;  // as in SweepPlan
 };
 
+// How the tensors lie in memory: elements from a column to the next, and from the end of a row to
+// the start of the next, which hold NaN.
+struct Layout {
+  int column = 1, gap = 0;
+};
+
 template <class ElementType, int kColumns>
 class Problem : public RandomProblem<ElementType> {
  public:
@@ -40,20 +46,22 @@ class Problem : public RandomProblem<ElementType> {
   static constexpr int kHeadDim = kColumns;
   static constexpr bool kHalf = std::is_same_v<Element, __half>;
 
-  // Runs the kernel; nothing may be written beyond what the plan asks for. Without a backward to
-  // come the means are not wanted.
+  // Runs the kernel; nothing may be written beyond what the plan asks for, nor between rows.
+  // Without a backward to come the means are not wanted.
   void Run(const Shares& shares, bool with_mean = true) {
     const size_t results = static_cast<size_t>(this->Rows()) * s.value_size;
     got_output.assign(results, Bad<Element>());
     got_mean.assign(results, Bad<Element>());
     got_threshold.assign(threshold.size(), 7.0f);
     got_user_threshold = got_threshold;
+    auto queries = Spread(query, s.size), keys = Spread(key, s.size);
+    auto values = Spread(value, s.value_size), outputs = Spread(got_output, s.value_size);
     GeneralForward call;
     call.problem = this->MakeProblem();
-    call.query = this->Strided(query, s.queries, s.size);
-    call.key = this->Strided(key, s.keys, s.size);
-    call.value = this->Strided(value, s.keys, s.value_size);
-    call.output = this->Strided(got_output, s.queries, s.value_size);
+    call.query = View(queries, s.queries, s.size);
+    call.key = View(keys, s.keys, s.size);
+    call.value = View(values, s.keys, s.value_size);
+    call.output = View(outputs, s.queries, s.value_size);
     call.saved.threshold = got_threshold.data();
     if (with_mean) call.saved.weighted_value = got_mean.data();
     call.user_threshold = got_user_threshold.data();
@@ -67,6 +75,15 @@ class Problem : public RandomProblem<ElementType> {
       RunBlocks<true>(call, shares);
     } else {
       RunBlocks<false>(call, shares);
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const auto at = static_cast<int>(i), row = at / Pitch(s.value_size);
+      const int column = at % Pitch(s.value_size) / layout.column;
+      if (column < s.value_size && at % Pitch(s.value_size) % layout.column == 0) {
+        got_output[static_cast<size_t>(row * s.value_size + column)] = outputs[i];
+      } else {
+        EXPECT_TRUE(std::isnan(static_cast<float>(outputs[i]))) << "written between rows";
+      }
     }
   }
 
@@ -86,10 +103,27 @@ class Problem : public RandomProblem<ElementType> {
     EXPECT_LE(ThresholdError(got_user_threshold), 4e-6);
   }
 
+  Layout layout;
   std::vector<Element> got_output, got_mean;
   std::vector<float> got_threshold, got_user_threshold;
 
  private:
+  int Pitch(int columns) const { return columns * layout.column + layout.gap; }
+  std::vector<Element> Spread(const std::vector<Element>& tensor, int columns) const {
+    const size_t rows = tensor.size() / columns;
+    std::vector<Element> result(rows * Pitch(columns), Bad<Element>());
+    for (size_t i = 0; i < tensor.size(); ++i) {
+      result[i / columns * Pitch(columns) + i % columns * layout.column] = tensor[i];
+    }
+    return result;
+  }
+  StridedTensor View(std::vector<Element>& spread, int rows, int columns) const {
+    StridedTensor view = this->Strided(spread, rows, Pitch(columns));
+    view.column = layout.column;
+    view.vectors = view.vectors && layout.column == 1;
+    return view;
+  }
+
   // As SpanOfRows of forward_instance.cu.
   int SpanOfRows(int rows) const {
     const int64_t right = s.causal ? 0 : s.right;
@@ -161,11 +195,14 @@ class GeneralForwardTest : public ::testing::Test {
     return settings;
   }
   template <class Change>
-  static void Compare(const std::string& name, const Shares& shares, Change change) {
+  static void Compare(const std::string& name, const Shares& shares, Change change,
+                      const Layout& layout = {}) {
     SCOPED_TRACE(name + ", " + testing::SeedMessage());
     Settings settings = DefaultSettings();
     change(&settings);
-    Problem(settings).Compare(shares);
+    Problem problem(settings);
+    problem.layout = layout;
+    problem.Compare(shares);
   }
   // The same with inputs that `change` has changed. The number of output rows that are not finite.
   template <class Change>
@@ -223,6 +260,18 @@ TYPED_TEST(GeneralForwardTest, Columns) {
     s->size -= 25;
     s->value_size -= 3;
   });
+}
+
+TYPED_TEST(GeneralForwardTest, Layouts) {
+  const auto fewer = [](Settings* s) {
+    s->size -= 3;
+    s->value_size -= 3;
+  };
+  this->Compare("rows apart", {}, [](Settings*) {}, {1, 8});
+  this->Compare("rows apart, no vectors", {}, [](Settings*) {}, {1, 3});
+  this->Compare("columns apart", {}, [](Settings*) {}, {2, 0});
+  this->Compare("vectors, an odd number of columns", {}, fewer, {1, 3});
+  this->Compare("rows and columns apart, an odd number of columns", {}, fewer, {3, 5});
 }
 
 TYPED_TEST(GeneralForwardTest, Masks) {

@@ -48,7 +48,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   template <bool kSplit = true, class Body>
   __device__ __forceinline__ void ForHits(Body body) const {
     this->template ForBlocks<kSplit>([&](int block, auto count, auto masked) {
-      if ((hits >> block & (count.value == 2 ? 3u : 1u)) == 0) return;
+      if ((hits >> block & 1u) == 0) return;  // Two blocks of a step were marked together.
 #pragma unroll(Shape::kStrips == 1 ? 2 : 1)
       for (int place = 0; place < count.value; ++place) body(block + place, masked);
     });
