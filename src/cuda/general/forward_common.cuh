@@ -217,19 +217,21 @@ __device__ __forceinline__ void AddWeightedValues(const float (&left)[4], const 
 // threads, a multiple of a row's pieces, of which this one is number `thread`; otherwise as
 // LoadSharedTile.
 template <template <class, int> class Tile, class Element, int kColumns>
-__device__ __forceinline__ void LoadRows(int thread, int threads,
+__device__ __forceinline__ void LoadRows(unsigned thread, unsigned threads,
                                          const Tile<Element, kColumns>& tile, int tile_row,
                                          const Element* head, const StridedTensor& tensor,
                                          int first, int count, int row_count, int columns) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
-  if (tensor.vectors && columns % kVector == 0) {
+  constexpr unsigned kVector = 16 / sizeof(Element);
+  if (tensor.vectors && columns % static_cast<int>(kVector) == 0) {
     // A thread copies the same columns of several rows.
-    constexpr int kVectors = kColumns / kVector;
-    const int column = thread % kVectors * kVector, rows = threads / kVectors;
-    int row = thread / kVectors;
-    const Element* source = head + (first + row) * tensor.row + column;
-    for (; row < count; row += rows, source += rows * tensor.row) {
-      const bool valid = first + row < row_count && column < columns;
+    constexpr unsigned kVectors = kColumns / kVector;
+    const unsigned column = thread % kVectors * kVector, rows = threads / kVectors;
+    const int end = static_cast<int>(column) < columns ? row_count - first : 0;  // of what is there
+    const Element* source = head + first * tensor.row + column;
+    const int64_t step = rows * tensor.row;
+    source += thread / kVectors * tensor.row;
+    for (int row = thread / kVectors; row < count; row += rows, source += step) {
+      const bool valid = row < end;
       // The address must be valid even where nothing is read.
       CopyAsync16(tile.At(tile_row + row, column), valid ? source : head, valid);
     }

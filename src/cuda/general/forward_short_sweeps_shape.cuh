@@ -19,8 +19,9 @@ struct SwizzledTile {
 
   Element* data;
 
-  __device__ __forceinline__ Element* At(int row, int column) const {
-    const int piece = (column / 8) ^ (row / (8 / kPieces) % kPieces);
+  // Unsigned: quotients and remainders are then shifts and masks.
+  __device__ __forceinline__ Element* At(unsigned row, unsigned column) const {
+    const unsigned piece = (column / 8) ^ (row / (8 / kPieces) % kPieces);
     return data + row * kColumns + piece * 8 + column % 8;
   }
 };
