@@ -303,7 +303,8 @@ def section(recipe, variants, stopped=()):
         out.append(table([title] + heads[1:], rows))
     logs = sum((results for results in variants.values()), [])
     seconds = sum(r["training_seconds"] for r in logs)
-    out.append(f"<p><small>{len(logs)} runs on {html.escape(str(logs[0]['machine']))}, "
+    machines = " and ".join(sorted({str(r["machine"]) for r in logs}))
+    out.append(f"<p><small>{len(logs)} run{'s' * (len(logs) > 1)} on {html.escape(machines)}, "
                f"{seconds / 60:.1f} minutes of training in all. Every cell's log: "
                f"<code>{html.escape(recipe)}/&lt;attention&gt;/seed&lt;n&gt;/metrics.jsonl</code>."
                "</small></p>")
