@@ -363,6 +363,13 @@ TYPED_TEST(GeneralForwardTest, Scores) {
     s->deviation = 30.0f;
     s->alpha = 1.25f;
   });
+  // The largest score takes all, exactly, however large it is.
+  this->Compare("up to many thousands", {},
+                [](Settings* s) { s->deviation = TypeParam::kHalf ? 1e4f : 1e5f; });
+  this->Compare("up to many thousands, alpha = 2", {}, [](Settings* s) {
+    s->deviation = TypeParam::kHalf ? 1e4f : 1e5f;
+    s->alpha = 2.0f;
+  });
   this->CompareInputs("one large key", [](auto* problem) {
     for (int c = 0; c < problem->s.size; ++c) {
       auto& x = problem->key[static_cast<size_t>(77 * problem->s.size + c)];
@@ -388,6 +395,18 @@ TYPED_TEST(GeneralForwardTest, NotFinite) {
   });
   EXPECT_GT(bad_rows, 0);
   EXPECT_LT(bad_rows, 136 - 90) << "every row that sees the key keeps it";
+  for (const float alpha : {1.5f, 1.25f, 2.0f}) {
+    const size_t without =
+        this->CompareInputs("a row whose scores are all -inf", [&](auto* problem) {
+          problem->s.alpha = alpha;
+          at(problem, problem->query, 70, 3) = infinity;
+          for (int row = 0; row < problem->s.keys; ++row) {
+            auto& x = at(problem, problem->key, row, 3);
+            x = -std::abs(static_cast<float>(x)) - 0.1f;
+          }
+        });
+    EXPECT_EQ(without, 1);
+  }
   this->CompareInputs("infinities in values", [&](auto* problem) {
     at(problem, problem->value, 20, 3) = infinity;
     at(problem, problem->value, 50, 3) = -infinity;

@@ -180,6 +180,7 @@ class RandomProblem {
       if (std::isnan(x.z) || x.z == kInfinity) return kNan;
       high = std::max(high, x.z);
     }
+    if (high == -kInfinity) return kNan;
     double low = high - 1.0;
     std::vector<double> near;
     for (const Seen& x : seen) {

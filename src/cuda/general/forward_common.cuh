@@ -32,11 +32,12 @@ __device__ __forceinline__ float QuadMax(float x) {
   return MaxKeepNan(x, __shfl_xor_sync(kWarp, x, 2));
 }
 
-// Scores are kept relative to the row's largest one, d = score - maximum, and so is the threshold:
-// the excess is z - tau = coefficient * d - t with t in [-1, 0]. Nothing is lost where |z| is
-// large. The excess never passes 1, and the saturation turns NaN into 0: rows that have no
-// distribution (no key, or a score that is NaN or infinite) have a maximum or a threshold that is
-// not a number, weigh nothing, and are told apart when they are stored.
+// The excess z - tau = coefficient * d - t. Scores are kept relative to the row's largest one, d =
+// score - maximum, and so is the threshold, t in [-1, 0]: nothing is lost where |z| is large.
+// (Where it is small, the sweeping kernel's output takes d = score and t = tau.) The excess never
+// passes 1, and the saturation turns NaN into 0: rows that have no distribution (no key, or a score
+// that is NaN or infinite) have a maximum or a threshold that is not a number, weigh nothing, and
+// are told apart when they are stored.
 __device__ __forceinline__ float Excess(float coefficient, float d, float t) {
   return __saturatef(fmaf(coefficient, d, -t));
 }

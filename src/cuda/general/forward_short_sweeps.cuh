@@ -3,13 +3,13 @@
 // A block has all keys and values that its queries see in shared memory; a warp owns a strip of 16
 // or 32 queries at a time, alone. Scores are never kept: they are made anew on tensor cores, by the
 // same products and so with the same bits, in three sweeps over the strip's keys:
-//   1. maxima   of the row and, in registers, of 32 disjoint groups of its keys. The threshold of
-//               the group maxima is a lower bound of the row's own, close to it (Newton from the
-//               left, four lanes a row);
+//   1. maxima   of the row and, in registers, of 32 disjoint groups of its keys (16 in narrow
+//               windows). The threshold of the group maxima is a lower bound of the row's own,
+//               close to it (Newton from the left, four lanes a row);
 //   2. list     each thread writes the scores above the bound, the only ones that can have a
 //               positive probability, to a list of its own in shared memory. From these comes the
-//               exact threshold: for alpha = 1.5 the root as if all of them kept a positive weight,
-//               most do, then Newton. Where a list is too long, every step sweeps over the scores;
+//               exact threshold: if kFast the root as if all of them kept a positive weight, most
+//               do, then Newton. Where a list is too long, every step sweeps over the scores;
 //   3. output   O = P.V over the blocks of 16 keys in which something was listed, and with a
 //               backward to come the mean of V under u = p^(2 - alpha), from the same scores and
 //               values.

@@ -21,9 +21,11 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   using Strip::head;
   using Strip::hits;
   using Strip::LaneHere;
+  using Strip::maximum;
   using Strip::part;
   using Strip::Row;
   using Strip::tau;
+  using Strip::threshold;
   using Strip::value_address;
   static constexpr int kRows = Strip::kRows;
   static constexpr int kTiles = kHeadDim / 8;  // accumulators of the output of 16 queries
@@ -31,16 +33,25 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   // Strips of 16 queries whose two results have room in registers.
   static constexpr int kTogether = kHeadDim == 32 && kFast ? Shape::kStrips : 1;
 
+  // With thresholds up to this size, weights from tau itself are as good as those from differences
+  // to the row's largest score: its rounding moves them by less than 4e-6.
+  static constexpr float kMostTau = 64.0f;
+
   // Output rows, thresholds, and with a backward to come rows of the weighted mean.
   __device__ __forceinline__ void StoreResults() {
-    if (call.saved.weighted_value != nullptr) {
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) large |= fabsf(tau[i]) > kMostTau;
+    large = __any_sync(kWarp, large);
+    if (call.saved.weighted_value != nullptr && !large) {
       bool finite = StoreBoth<0>();
       if constexpr (kTogether < Shape::kStrips) finite = StoreBoth<1>() && finite;
       if (finite) return;
     }
-    // One result after the other: for values that are not finite, or if only one is wanted.
-    StoreProduct<false>();
-    if (call.saved.weighted_value != nullptr) StoreProduct<true>();
+    // One result after the other: for values that are not finite, large thresholds, or if only one
+    // is wanted.
+    StoreProduct<false>(large);
+    if (call.saved.weighted_value != nullptr) StoreProduct<true>(large);
   }
 
   // Calls body(block, masked) for the blocks of `hits`, see ForBlocks. Two strips have no registers
@@ -110,7 +121,7 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
   }
 
   // One result, over the blocks that matter: sums of weight * V; weights are p, or u for the
-  // weighted mean. `slope`: sum of u. Plain: Values::kAll.
+  // weighted mean. `slope`: sum of u. Plain: Values::kAll, and no threshold above kMostTau.
   template <bool kMean, bool kPlain>
   __device__ __forceinline__ void AddValues(Values values, float (&sums)[kSums][4],
                                             float (&slope)[kRows]) {
@@ -124,7 +135,8 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
       this->template ComputeScores<masked.value>(block, weight);
       this->WithCurve([&](const auto& weights) {
         Strip::ForScores(weight, [&](float& s, int i) {
-          const float excess = Excess(coefficient, s, tau[i]);
+          const float excess = kPlain ? Excess(coefficient, s, tau[i])
+                                      : Excess(coefficient, s - maximum[i], threshold[i]);
           float p = excess * excess, u = excess;
           if constexpr (!kFast) weights.Of(excess, &p, &u);
           if constexpr (kMean) slope[i] += u;
@@ -155,20 +167,26 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     });
   }
 
-  // Output rows and thresholds, or rows of the weighted mean.
+  // Output rows and thresholds, or rows of the weighted mean. `large`: some threshold is.
   template <bool kMean>
-  __device__ __forceinline__ void StoreProduct() {
+  __device__ __forceinline__ void StoreProduct(bool large) {
     float sums[kSums][4], slope[kRows];
-    AddValues<kMean, true>(Values::kAll, sums, slope);
     InfiniteSums<4 * kSums> infinite;
-    const bool redo = __any_sync(kWarp, InfiniteSums<4 * kSums>::AnyNotFinite(sums));
-    Values values = infinite.Next(Values::kAll, redo, sums);
+    bool plain = !large, redo = false;
+    Values values = Values::kAll;
 #pragma unroll 1
-    while (values != Values::kAll) {
-      AddValues<kMean, false>(values, sums, slope);
+    do {
+      if (plain) {
+        AddValues<kMean, true>(values, sums, slope);
+      } else {
+        AddValues<kMean, false>(values, sums, slope);
+      }
+      plain = false;
+      if (values == Values::kAll) {
+        redo = __any_sync(kWarp, InfiniteSums<4 * kSums>::AnyNotFinite(sums));
+      }
       values = infinite.Next(values, redo, sums);
-    }
-
+    } while (values != Values::kAll);
     Store<kMean, 0>(sums, slope);
   }
 
@@ -181,14 +199,16 @@ struct SweepProduct : SweepStrip<Element, kHeadDim, kFast> {
     const auto result = ResultRows<Element>::Of(call, kMean, part.batch, head);
     const int columns = call.problem.value_dim;
     const bool whole = result.vectors && columns == kHeadDim;
+    float total[2 * kCount / kTiles];
+#pragma unroll
+    for (int own_i = 0; own_i < 2 * kCount / kTiles; ++own_i) {
+      total[own_i] = kMean ? QuadSum(slope[own_i]) : 1.0f;
+    }
 #pragma unroll
     for (int own_i = 0; own_i < 2 * kCount / kTiles; ++own_i) {
       const int i = 2 * kFirst + own_i;
       float scale = 1.0f / M::kWeightScale;
-      if constexpr (kMean) {
-        const float total = QuadSum(slope[own_i]);
-        scale = total > 0.0f ? __fdividef(scale, total) : 0.0f;
-      }
+      if constexpr (kMean) scale = total[own_i] > 0.0f ? __fdividef(scale, total[own_i]) : 0.0f;
       if (Row(i) >= end_row) continue;
       const KeyRange range = KeyRange::Of(call.problem, part, Row(i));
       const bool empty = range.end <= range.first;

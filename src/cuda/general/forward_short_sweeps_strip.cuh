@@ -367,14 +367,21 @@ struct SweepStrip {
       cut[i] = fmaf(threshold[i] * inverse_coefficient, 1.00001f,
                     fmaf(fabsf(maximum[i]), -4e-7f, maximum[i]));
     }
+    // Of a row in the thread's list, in bytes.
+    const auto entries = [&](int i) {
+      const int start = lists + end_of_list(i);
+      return i % 2 == 0 ? next[i] - start : start - next[i];
+    };
+    static_assert(kHeld + 2 * 4 <= kSlots && 2 * kHeld <= kSlots,
+                  "lists that are not too long have room for two blocks, and do not meet");
     FillLists();
     int before = kStrips * (kSlots - 1) * kStep;
     hits = 0;
     ForBlocks([&](int block, auto count, auto masked) {
 #pragma unroll
-      for (int i = 0; i < kRows; i += 2) {
-        // A block may fill four slots from either end. Lists that meet are noticed afterwards.
-        if (next[i + 1] - next[i] < (4 * count.value - 1) * kStep) cut[i] = cut[i + 1] = INFINITY;
+      for (int i = 0; i < kRows; ++i) {
+        // It is too long already. Each block may fill four slots more.
+        if (entries(i) > kHeld * kStep) cut[i] = INFINITY;
       }
       constexpr int kAtOnce = kStrips == 1 ? count.value : 1;  // blocks
 #pragma unroll
@@ -402,11 +409,7 @@ struct SweepStrip {
     });
     int most = 0;  // entries of a row in a thread's list
 #pragma unroll
-    for (int i = 0; i < kRows; i += 2) {
-      const int first = lists + end_of_list(i), last = lists + end_of_list(i + 1);
-      const bool full = cut[i] == INFINITY || next[i + 1] < next[i] - kStep;
-      most = max(most, full ? kSlots : max(next[i] - first, last - next[i + 1]) / kStep);
-    }
+    for (int i = 0; i < kRows; ++i) most = max(most, entries(i) / kStep);
     most = __reduce_max_sync(kWarp, most);
     if (most > kHeld) return false;
 
@@ -434,8 +437,7 @@ struct SweepStrip {
         float count[kRows];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const int start = lists + end_of_list(i);
-          count[i] = static_cast<float>(i % 2 == 0 ? next[i] - start : start - next[i]) / kStep;
+          count[i] = static_cast<float>(entries(i)) / kStep;
         }
         StepTogether(mass, slope, count);
       } else if (!Advance(4 * most, mass, slope)) {
@@ -445,10 +447,10 @@ struct SweepStrip {
     return true;
   }
 
-  // The first step over lists, for alpha = 1.5: to where the mass would be 1 if all `count` keys
-  // listed kept a positive weight, the smaller root of count d^2 - 2 slope d + mass = 1. Few of
-  // them lose theirs, so that little is left for Newton, which may start from either side. NaN
-  // without a weight.
+  // The first step over lists, if kFast: to where the mass would be 1 if all `count` keys listed
+  // kept a positive weight, the smaller root of count d^2 - 2 slope d + mass = 1; if it has none, a
+  // step that leaves the largest score a weight. Few keys lose theirs, so that little is left for
+  // Newton, which may start from either side. NaN without a weight, hence the factor own_slope.
   __device__ __forceinline__ void StepTogether(const float (&mass)[kRows],
                                                const float (&slope)[kRows],
                                                const float (&count)[kRows]) {

@@ -52,12 +52,12 @@ struct Weights {
 
   // Newton on the alpha-norm: the step in tau from mass S = sum p and slope U = sum u, that is
   // (S / U) (1 - S^-m). From the left it never passes the root, from the right it lands on the
-  // left.
+  // left. NaN without a weight.
   __device__ __forceinline__ float Step(float mass, float slope) const {
     if constexpr (kMode == Alpha::kOneAndHalf) {
       return __fdividef(mass - sqrtf(mass), slope);
     } else if constexpr (kMode == Alpha::kTwo) {
-      return __fdividef(mass - 1.0f, slope);
+      return slope > 0.0f ? __fdividef(mass - 1.0f, slope) : NAN;
     } else {
       return mass / slope * -expm1f(-order * logf(mass));
     }
