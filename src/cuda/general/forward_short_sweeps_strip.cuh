@@ -82,7 +82,7 @@ struct SweepStrip {
 
   // Straight into operands: every thread has two neighbouring columns of its rows in each eight.
   __device__ __forceinline__ void LoadQueries() {
-    const int columns = call.problem.head_dim;
+    const int columns = call.problem.head_dim, first_column = LaneHere() % 4 * 2;
     const Element* const rows =
         call.query.Row<const Element>(part.batch, head, part.first_query + Row(0));
     const auto for_pairs = [&](auto load) {
@@ -93,7 +93,7 @@ struct SweepStrip {
 #pragma unroll
         for (int piece = 0; piece < kHeadDim / 8; ++piece) {
           uint32_t& pair = query[i / 2][piece / 2].x[piece % 2 * 2 + i % 2];
-          pair = valid ? load(row, 8 * piece + LaneHere() % 4 * 2) : 0;
+          pair = valid ? load(row, 8 * piece + first_column) : 0;
         }
       }
     };
