@@ -16,6 +16,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kMostSlots = 64;
+constexpr size_t kMostMistakes = 20;
 
 at::Tensor AsTensor(const std::vector<int64_t>& values, std::vector<int64_t> shape) {
   return at::from_blob(const_cast<int64_t*>(values.data()), shape, at::kLong);
@@ -92,6 +93,16 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         all = all && hit;
       }
       exact += all ? 1 : 0;
+      if (all || slots > kMostSlots || result->mistakes.size() == kMostMistakes) continue;
+      Mistake mistake;
+      mistake.sample = first + row;
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        const int64_t label = batch.labels[static_cast<size_t>(row * slots + slot)];
+        if (label == Batch::kIgnored) continue;
+        mistake.target.push_back(label);
+        mistake.predicted.push_back(prediction[row * slots + slot]);
+      }
+      result->mistakes.push_back(std::move(mistake));
     }
   }
   result->exact_match = static_cast<double>(exact) / static_cast<double>(result->samples);
@@ -149,6 +160,13 @@ std::string ResultsToJson(const RunConfig& run, const std::vector<LengthResult>&
     entry["token_accuracy"] = result.token_accuracy;
     entry["loss"] = result.loss;
     if (!result.slot_accuracy.empty()) entry["slot_accuracy"] = result.slot_accuracy;
+    Json mistakes = Json::array();
+    for (const Mistake& mistake : result.mistakes) {
+      mistakes.push_back({{"sample", mistake.sample},
+                          {"target", mistake.target},
+                          {"predicted", mistake.predicted}});
+    }
+    if (!mistakes.empty()) entry["mistakes"] = std::move(mistakes);
     Json layers = Json::array();
     for (const auto& heads : result.attention) {
       Json support = Json::array(), entropy = Json::array(), largest = Json::array();

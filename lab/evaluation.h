@@ -22,6 +22,14 @@ struct HeadStatistics {
   double largest = 0.0;  // the largest probability
 };
 
+// A sample whose target is not all right; which one says how to make it again (batch.h,
+// EvaluationBatch).
+struct Mistake {
+  int64_t sample = 0;
+  std::vector<int64_t> target;
+  std::vector<int64_t> predicted;  // each token with the true ones before it
+};
+
 struct LengthResult {
   double multiple = 1.0;
   int64_t length = 0;
@@ -30,6 +38,7 @@ struct LengthResult {
   double token_accuracy = 0.0;  // share of the target tokens, each with the true ones before it
   double loss = 0.0;            // mean cross entropy of a target token
   std::vector<double> slot_accuracy;  // by place in the target, for targets of up to 64 tokens
+  std::vector<Mistake> mistakes;      // the first few, for such targets
   std::vector<std::vector<HeadStatistics>> attention;  // [layers][heads]; empty for linear kinds
   std::string error;  // not empty: why there is no result, as when memory ran out
 };

@@ -26,7 +26,7 @@ struct Chunk {
   at::Tensor tokens;  // [steps, batch, tokens]
   at::Tensor index;   // [steps, batch·targets]
   at::Tensor labels;  // [steps, batch·targets]
-  at::Tensor rates;   // [steps, 4] float32: StepRates
+  at::Tensor rates;   // [steps, kRates] float32: StepRates
 };
 
 class GraphStepper final : public Stepper {
@@ -106,7 +106,7 @@ class GraphStepper final : public Stepper {
     return {at::zeros({kChunkSteps, batch, tokens_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
-            at::zeros({kChunkSteps, 4}, options.dtype(at::kFloat))};
+            at::zeros({kChunkSteps, kRates}, options.dtype(at::kFloat))};
   }
 
   // Makes the data of some steps; no call into CUDA, so that it may run beside a capture.
@@ -123,10 +123,11 @@ class GraphStepper final : public Stepper {
       std::copy(batch.index.begin(), batch.index.end(), index + i * batch_targets);
       std::copy(batch.labels.begin(), batch.labels.end(), labels + i * batch_targets);
       const StepRates step = RatesOfStep(run_.training, first + i);
-      rates[4 * i] = static_cast<float>(step.rate);
-      rates[4 * i + 1] = static_cast<float>(step.second);
-      rates[4 * i + 2] = static_cast<float>(step.decay);
-      rates[4 * i + 3] = static_cast<float>(step.muon);
+      const std::array<double, kRates> numbers = {step.rate, step.second, step.decay, step.muon,
+                                                  step.renewal};
+      for (int64_t n = 0; n < kRates; ++n) {
+        rates[kRates * i + n] = static_cast<float>(numbers[static_cast<size_t>(n)]);
+      }
     };
     const auto workers =
         static_cast<int64_t>(std::clamp(std::thread::hardware_concurrency(), 2u, 16u) - 1);
@@ -156,6 +157,10 @@ class GraphStepper final : public Stepper {
     model_.ClearZeroToken(gradient);
     const at::Tensor norm = at::linalg_vector_norm(gradient, 2, {}, false, at::kFloat);
     Update(gradient, norm);
+    if (state_->average.defined()) {
+      const at::Tensor renewal = device_.rates.index_select(0, counter_)[0][4];
+      state_->average.lerp_(state_->parameters, renewal);
+    }
     results_.index_copy_(0, counter_, at::stack({loss.detach(), norm}).unsqueeze(0));
     counter_.add_(1);
   }
@@ -201,8 +206,9 @@ class GraphStepper final : public Stepper {
   // Libraries choose their algorithms and allocate in the first steps, which must not be part of
   // the graph, and must not train either.
   void Capture() {
-    const TrainingState before = {state_->parameters.clone(), state_->first_moment.clone(),
-                                  state_->second_moment.clone()};
+    const TrainingState before = {
+        state_->parameters.clone(), state_->first_moment.clone(), state_->second_moment.clone(),
+        state_->average.defined() ? state_->average.clone() : at::Tensor()};
     for (int i = 0; i < kWarmUpSteps; ++i) {
       counter_.zero_();
       Step();
@@ -212,6 +218,7 @@ class GraphStepper final : public Stepper {
       state_->parameters.copy_(before.parameters);
       state_->first_moment.copy_(before.first_moment);
       state_->second_moment.copy_(before.second_moment);
+      if (state_->average.defined()) state_->average.copy_(before.average);
       if (bfloat16_) leaf_.copy_(state_->parameters);
     };
     restore();

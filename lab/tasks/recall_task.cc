@@ -14,8 +14,10 @@
 // For training only, `few_pairs` of the samples hold 1 to 3 pairs; in `collisions` of them the
 // values come from a part of the vocabulary whose first symbols are few, so that copying what
 // follows the same first symbol elsewhere is wrong more often than right; in `key_collisions` of
-// them all keys share their first or their last symbol with one of them. In long contexts many keys
-// do, in short ones by chance hardly any.
+// them all keys share their first or their last symbol with one of them; in `echoes` of them the
+// keys are words of both vocabularies and about half of the values are keys of the same context. In
+// long contexts many keys have a neighbour like that, or stand as a value elsewhere; in short ones
+// by chance hardly any.
 
 #include <algorithm>
 #include <array>
@@ -39,6 +41,13 @@ class RecallTask final : public Task {
         values_(MakeWords(2, options.value_symbols)) {
     // Words in order, so that words with the same first symbol are neighbours.
     std::sort(values_.begin(), values_.end());
+    if (options.key_symbols == options.value_symbols) {
+      for (size_t i = 0; i < keys_.size(); ++i) {
+        const auto found = std::lower_bound(values_.begin(), values_.end(), keys_[i]);
+        if (found == values_.end() || *found != keys_[i]) continue;
+        common_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(found - values_.begin())});
+      }
+    }
     by_first_.resize(static_cast<size_t>(options.symbols));
     by_last_.resize(static_cast<size_t>(options.symbols));
     for (size_t i = 0; i < keys_.size(); ++i) {
@@ -57,7 +66,7 @@ class RecallTask final : public Task {
   }
 
   Sample Generate(int64_t length, Random& random) const override {
-    return Make(length, Pairs(length), false, false, random);
+    return Make(length, Pairs(length), {}, random);
   }
 
   Sample GenerateForTraining(int64_t length, Random& random) const override {
@@ -65,11 +74,12 @@ class RecallTask final : public Task {
     if (random.Chance(options_.few_pairs)) {
       pairs = std::min(pairs, random.Integer(1, kSimplePairs));
     }
-    const bool collide = random.Chance(options_.collisions);
+    Traps traps;
+    traps.values = random.Chance(options_.collisions);
     // No number is drawn where there was no choice: samples stay what they were.
-    const bool keys_collide =
-        options_.key_collisions > 0.0 && random.Chance(options_.key_collisions);
-    return Make(length, pairs, collide, keys_collide, random);
+    traps.keys = options_.key_collisions > 0.0 && random.Chance(options_.key_collisions);
+    traps.echoes = options_.echoes > 0.0 && random.Chance(options_.echoes);
+    return Make(length, pairs, traps, random);
   }
 
   void Solve(Sample& sample) const override {
@@ -93,6 +103,13 @@ class RecallTask final : public Task {
 
  private:
   using Word = std::array<int32_t, 8>;
+
+  // What makes a training sample hard.
+  struct Traps {
+    bool values = false;  // that begin alike
+    bool keys = false;    // that share symbols
+    bool echoes = false;  // values that are keys
+  };
 
   std::vector<Word> MakeWords(uint64_t stream, int64_t word_symbols) const {
     Random random(kVocabularySeed, stream);
@@ -155,21 +172,44 @@ class RecallTask final : public Task {
     return keys;
   }
 
-  Sample Make(int64_t length, int64_t pairs, bool collide, bool keys_collide,
-              Random& random) const {
+  // Keys that are values too, and with even chance for each pair the word of a key as its value.
+  void Echo(int64_t pairs, Random& random, std::vector<int32_t>* keys,
+            std::vector<int32_t>* values) const {
+    const std::vector<int32_t> chosen =
+        random.Distinct(pairs, static_cast<int64_t>(common_.size()));
+    const std::vector<int32_t> order = random.Distinct(pairs, pairs);
+    std::set<int32_t> taken;
+    for (const int32_t word : chosen) taken.insert(common_[static_cast<size_t>(word)].value);
+    for (int64_t i = 0; i < pairs; ++i) {
+      const auto at = static_cast<size_t>(i);
+      (*keys)[at] = common_[static_cast<size_t>(chosen[at])].key;
+      const auto other = static_cast<size_t>(chosen[static_cast<size_t>(order[at])]);
+      (*values)[at] = common_[other].value;
+      if (random.Chance(0.5)) continue;
+      do {
+        (*values)[at] = static_cast<int32_t>(random.Below(options_.vocabulary));
+      } while (!taken.insert((*values)[at]).second);
+    }
+  }
+
+  Sample Make(int64_t length, int64_t pairs, Traps traps, Random& random) const {
     std::vector<int32_t> keys;
-    if (keys_collide) keys = KeysAlike(pairs, random);
+    if (traps.keys) keys = KeysAlike(pairs, random);
     if (keys.empty()) keys = random.Distinct(pairs, options_.vocabulary);
     std::vector<int32_t> values;
     // Words that begin with one of a few neighbouring symbols; never fewer than are needed.
     const int64_t alike = std::max(
         2 * pairs, options_.vocabulary * kFewFirstSymbols / std::max(options_.symbols, int64_t{1}));
-    if (collide && alike < options_.vocabulary) {
+    if (traps.values && alike < options_.vocabulary) {
       const int64_t first = random.Below(options_.vocabulary - alike + 1);
       values = random.Distinct(pairs, alike);
       for (int32_t& value : values) value += static_cast<int32_t>(first);
     } else {
       values = random.Distinct(pairs, options_.vocabulary);
+    }
+    // No more than half of such words, so that others are found for the rest of the values.
+    if (traps.echoes && 2 * pairs <= static_cast<int64_t>(common_.size())) {
+      Echo(pairs, random, &keys, &values);
     }
 
     if (options_.own_slots) length = length / pairs * pairs;
@@ -221,6 +261,12 @@ class RecallTask final : public Task {
   const TaskOptions options_;
   std::vector<Word> keys_;
   std::vector<Word> values_;
+  // Words that are both.
+  struct Common {
+    int32_t key;
+    int32_t value;
+  };
+  std::vector<Common> common_;
   // Numbers of the keys with a certain first or last symbol.
   std::vector<std::vector<int32_t>> by_first_, by_last_;
 };

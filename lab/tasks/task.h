@@ -41,7 +41,9 @@ struct TaskOptions {
   double few_pairs = 0.0;       // recall: share of the samples that hold only 1 to 3 pairs
   double collisions = 0.0;      // recall: share of the samples whose values begin alike
   double key_collisions = 0.0;  // recall: share of the samples whose keys share symbols
+  double echoes = 0.0;          // recall: share of the samples whose values are keys, too
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols
+  double repeats = 0.0;         // the same: share of the others in which parts stand twice
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
   bool repeat_queries = false;  // recall: queries are drawn with replacement

@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "optimizer.h"
@@ -145,6 +147,31 @@ TEST(Optimizer, FollowsTheFormula) {
   EXPECT_NEAR(state.parameters[1].item<double>(), -2.0 + 0.05 - 0.05, 1e-5);
   EXPECT_NEAR(state.first_moment[1].item<double>(), 0.4, 1e-6);
   EXPECT_NEAR(state.second_moment[0].item<double>(), 0.09, 1e-6);
+}
+
+// The average is that of its definition.
+TEST(Optimizer, AveragesTheParameters) {
+  TrainingConfig training;
+  training.average = 0.7;
+  training.warmup = 0;
+  training.learning_rate = 0.1;
+  const at::Tensor start = at::arange(5, at::kFloat);
+  TrainingState state{start.clone(), at::zeros({5}), at::zeros({5}), start.clone()};
+  std::vector<double> expected = {0, 1, 2, 3, 4};
+  for (int64_t step = 0; step < 60; ++step) {
+    OptimizerStep(training, step, {}, at::ones({5}) * (step % 3 == 0 ? -1.0 : 1.0), &state);
+    const double decay =
+        std::min(0.7, (2.0 + static_cast<double>(step)) / (11.0 + static_cast<double>(step)));
+    for (size_t i = 0; i < 5; ++i) {
+      const auto last = state.parameters[static_cast<int64_t>(i)].item<double>();
+      expected[i] = decay * expected[i] + (1.0 - decay) * last;
+    }
+  }
+  for (size_t i = 0; i < 5; ++i) {
+    EXPECT_NEAR(state.average[static_cast<int64_t>(i)].item<double>(), expected[i], 1e-5);
+    EXPECT_GT(std::abs(state.parameters[static_cast<int64_t>(i)].item<double>() - expected[i]),
+              1e-3);
+  }
 }
 
 // Every number that training keeps is a bfloat16, and small steps of large weights are lost.

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <set>
 
@@ -49,7 +50,9 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.few_pairs = 0.3;
     options.collisions = 0.3;
     options.key_collisions = 0.3;
+    options.echoes = 0.3;
     options.few_symbols = 0.3;
+    options.repeats = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -175,6 +178,83 @@ TEST(Tasks, RecallKeysCanCollide) {
   options.vocabulary = 100;
   const std::unique_ptr<Task> single = Make(options);
   for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, random));
+}
+
+// In such samples about half of the values are keys of the context; in evaluation none is.
+TEST(Tasks, RecallValuesCanEchoKeys) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  options.echoes = 1.0;
+  const std::unique_ptr<Task> task = Make(options);
+  const auto echoes = [](const Sample& sample) {
+    std::set<std::pair<int32_t, int32_t>> keys, values;
+    size_t pairs = 0;
+    for (size_t i = 2; i + 2 < sample.tokens.size(); ++i) {
+      if (sample.tokens[i] != 257) continue;
+      ++pairs;
+      keys.insert({sample.tokens[i - 2], sample.tokens[i - 1]});
+      values.insert({sample.tokens[i + 1], sample.tokens[i + 2]});
+    }
+    // Distinct, as the task's definition says.
+    EXPECT_EQ(keys.size(), pairs);
+    EXPECT_EQ(values.size(), pairs);
+    int64_t both = 0;
+    for (const auto& value : values) both += static_cast<int64_t>(keys.count(value));
+    return both;
+  };
+  int64_t trained = 0, evaluated = 0;
+  for (int i = 0; i < 200; ++i) {
+    const Sample sample = task->GenerateForTraining(64, random);
+    CheckSample(*task, 64, sample);
+    trained += echoes(sample);
+    evaluated += echoes(task->Generate(64, random));
+  }
+  // 8 pairs a sample, half of them: 800 ± 20.
+  EXPECT_GT(trained, 680);
+  EXPECT_LT(trained, 920);
+  EXPECT_LE(evaluated, 4);
+  // Too few words in both vocabularies, or words of other lengths: samples are made all the same.
+  options.symbols = 100;
+  options.vocabulary = 50;
+  CheckSample(*Make(options), 64, Make(options)->GenerateForTraining(64, random));
+  options.value_symbols = 3;
+  CheckSample(*Make(options), 64, Make(options)->GenerateForTraining(64, random));
+}
+
+// Parts of three symbols that stand twice: hardly any in random sequences of 64, several where
+// parts are repeated.
+TEST(Tasks, TrainingSamplesCanRepeatParts) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.repeats = 1.0;
+  for (const char* name : {"copy", "reverse"}) {
+    options.name = name;
+    const std::unique_ptr<Task> task = Make(options);
+    const auto repeated = [](const Sample& sample) {
+      std::set<std::array<int32_t, 3>> seen;
+      int64_t count = 0;
+      for (size_t i = 1; i + 2 <= 64; ++i) {
+        count += seen.insert({sample.tokens[i], sample.tokens[i + 1], sample.tokens[i + 2]}).second
+                     ? 0
+                     : 1;
+      }
+      return count;
+    };
+    int64_t trained = 0, evaluated = 0;
+    for (int i = 0; i < 200; ++i) {
+      const Sample sample = task->GenerateForTraining(64, random);
+      CheckSample(*task, 64, sample);
+      trained += repeated(sample);
+      evaluated += repeated(task->Generate(64, random));
+    }
+    EXPECT_GT(trained, 600) << name;
+    EXPECT_LT(evaluated, 60) << name;
+    // Too short to repeat anything.
+    for (int i = 0; i < 20; ++i) CheckSample(*task, 3, task->GenerateForTraining(3, random));
+  }
 }
 
 // Training samples have 2 to 8 of the 32 symbols, every number of them now and then; evaluation

@@ -55,7 +55,10 @@ TEST_F(TrainerTest, ResumesBitForBit) {
        {AttentionKind::kAsentmax, AttentionKind::kSoftmax, AttentionKind::kSelectiveLinear}) {
     SCOPED_TRACE(NameOf(kind));
     RunConfig run = SmallRun(kind);
-    if (kind == AttentionKind::kSoftmax) run.training.optimizer = Optimizer::kMuon;
+    if (kind == AttentionKind::kSoftmax) {
+      run.training.optimizer = Optimizer::kMuon;
+      run.training.average = 0.9;
+    }
     if (kind == AttentionKind::kAsentmax) {
       run.training.precision = Precision::kBFloat16True;
       run.model.zero_token = 0;
@@ -83,6 +86,9 @@ TEST_F(TrainerTest, ResumesBitForBit) {
     EXPECT_EQ(parts, whole);
     EXPECT_EQ(static_cast<bool>(KeepsBfloat16(options.folder)),
               run.training.precision == Precision::kBFloat16True);
+    const std::vector<float> average = CheckpointTensor(options.folder, "average");
+    EXPECT_EQ(average.empty(), kind != AttentionKind::kSoftmax);
+    EXPECT_EQ(average, CheckpointTensor(Options(name + "-whole").folder, "average"));
     // The log has every line once.
     std::ifstream metrics(options.folder + "/metrics.jsonl");
     std::vector<int64_t> steps;
@@ -106,6 +112,13 @@ TEST_F(TrainerTest, EvaluationIsCompleteAndRepeatable) {
   EXPECT_EQ(json["step"], 3);
   for (const auto& entry : json["lengths"]) {
     const double exact = entry["exact_match"], accuracy = entry["token_accuracy"];
+    // Of 20 samples all that are wrong are listed, with what was said.
+    const auto mistakes = entry.value("mistakes", nlohmann::json::array());
+    EXPECT_NEAR(static_cast<double>(mistakes.size()), 20.0 * (1.0 - exact), 1e-9);
+    for (const auto& mistake : mistakes) {
+      EXPECT_EQ(mistake["target"].size(), mistake["predicted"].size());
+      EXPECT_NE(mistake["target"], mistake["predicted"]);
+    }
     EXPECT_TRUE(exact >= 0.0 && exact <= accuracy && accuracy <= 1.0);
     const auto& layer = entry["attention"][0];
     for (size_t head = 0; head < 2; ++head) {
@@ -117,6 +130,27 @@ TEST_F(TrainerTest, EvaluationIsCompleteAndRepeatable) {
   }
   ASSERT_TRUE(testing::IsOk(Evaluate(run, options)));
   EXPECT_EQ(*text, *ReadFile(options.folder + "/result.json"));
+}
+
+TEST_F(TrainerTest, EvaluatesTheAverageOrTheLastParameters) {
+  RunConfig run = SmallRun(AttentionKind::kEntmax);
+  run.training.average = 0.9;
+  const auto losses = [&](const char* folder) {
+    const TrainingOptions options = Options(folder);
+    EXPECT_TRUE(testing::IsOk(Train(run, options).status()));
+    EXPECT_TRUE(testing::IsOk(Evaluate(run, options)));
+    const Expected<std::string> text = ReadFile(options.folder + "/result.json");
+    EXPECT_TRUE(testing::IsOk(text.status()));
+    return nlohmann::json::parse(*text)["lengths"][1]["loss"].get<double>();
+  };
+  const double average = losses("average");
+  run.evaluation.average = false;
+  const double last = losses("average");  // of the same run
+  EXPECT_TRUE(average > 0.0 && last > 0.0 && average != last);
+  run.training.average = 0.0;
+  EXPECT_EQ(losses("plain"), last);
+  run.evaluation.average = true;
+  EXPECT_EQ(losses("plain"), last);
 }
 
 TEST_F(TrainerTest, LearnsATinyTask) {
