@@ -1,6 +1,7 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "random.h"
 
@@ -10,6 +11,7 @@ namespace {
 // Streams of random numbers that never meet.
 constexpr uint64_t kTrainingStream = 0x7472;
 constexpr uint64_t kEvaluationStream = 0x6576;
+constexpr uint64_t kQueryScaleStream = 0x7173;
 
 }  // namespace
 
@@ -56,11 +58,14 @@ Batch TrainingBatch(const Task& task, const RunConfig& run, int64_t step, bool f
   Random random(run.seed, kTrainingStream, static_cast<uint64_t>(step));
   for (int64_t i = 0; i < training.batch; ++i) {
     const int64_t length = random.Integer(training.min_length, training.max_length);
-    samples.push_back(task.GenerateForTraining(length, random));
+    samples.push_back(task.GenerateForTraining(length, step, random));
   }
-  if (!fixed_size) return MakeBatch(samples);
-  return MakeBatch(samples, task.MaxTokens(training.max_length) - 1,
-                   task.MaxTargets(training.max_length));
+  Batch batch = fixed_size ? MakeBatch(samples, task.MaxTokens(training.max_length) - 1,
+                                       task.MaxTargets(training.max_length))
+                           : MakeBatch(samples);
+  Random scale(run.seed, kQueryScaleStream, static_cast<uint64_t>(step));
+  batch.query_scale = std::pow(training.lowest_query_scale, scale.Uniform());
+  return batch;
 }
 
 Batch EvaluationBatch(const Task& task, int64_t length, int64_t first, int64_t count) {

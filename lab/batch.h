@@ -22,6 +22,7 @@ struct Batch {
   std::vector<int64_t> tokens;  // [rows, tokens_per_row]
   std::vector<int64_t> index;   // [rows, targets_per_row]: where the prediction stands in `tokens`
   std::vector<int64_t> labels;  // [rows, targets_per_row]
+  double query_scale = 1.0;     // training: what the model's queries are multiplied by
 };
 
 // If `tokens_per_row` and `targets_per_row` are 0, they are what the samples need.

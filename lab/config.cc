@@ -174,7 +174,8 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Real("few_pairs", &task->few_pairs, 0, 1);
   fields.Real("collisions", &task->collisions, 0, 1);
   fields.Real("key_collisions", &task->key_collisions, 0, 1);
-  fields.Real("echoes", &task->echoes, 0, 1);
+  fields.Truth("crossed_keys", &task->crossed_keys);
+  fields.Whole("easy_steps", &task->easy_steps, 0, kMany);
   fields.Real("few_symbols", &task->few_symbols, 0, 1);
   fields.Real("repeats", &task->repeats, 0, 1);
   fields.Truth("end", &task->end);
@@ -236,6 +237,7 @@ void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
   fields.Real("weight_decay", &training->weight_decay, 0, 10);
   fields.Real("clip", &training->clip, 1e-6, 1e6);
   fields.Real("average", &training->average, 0, 0.9999999);
+  fields.Real("lowest_query_scale", &training->lowest_query_scale, 1e-3, 1);
   fields.Choice("precision", &training->precision, PrecisionNames());
   fields.Whole("log_every", &training->log_every, 1, kMany);
   fields.Whole("evaluate_every", &training->evaluate_every, 0, kMany);
@@ -256,6 +258,7 @@ void ReadEvaluation(const Json& json, EvaluationConfig* evaluation, Status* stat
   fields.Whole("max_tokens", &evaluation->max_tokens, 1, kMany);
   fields.Whole("statistics_rows", &evaluation->statistics_rows, 0, 1 << 20);
   fields.Truth("average", &evaluation->average);
+  fields.Real("query_scale", &evaluation->query_scale, 1e-3, 1e3);
   fields.Finish();
 }
 
@@ -483,9 +486,14 @@ std::string RunToJson(const RunConfig& run) {
     json["training"]["muon_rate"] = training.muon_rate;
   }
   if (training.average > 0.0) json["training"]["average"] = training.average;
+  if (training.lowest_query_scale < 1.0) {
+    json["training"]["lowest_query_scale"] = training.lowest_query_scale;
+  }
+  if (evaluation.query_scale != 1.0) json["evaluation"]["query_scale"] = evaluation.query_scale;
   if (!evaluation.average) json["evaluation"]["average"] = false;
   if (task.key_collisions > 0.0) json["task"]["key_collisions"] = task.key_collisions;
-  if (task.echoes > 0.0) json["task"]["echoes"] = task.echoes;
+  if (task.crossed_keys) json["task"]["crossed_keys"] = true;
+  if (task.easy_steps > 0) json["task"]["easy_steps"] = task.easy_steps;
   if (task.few_symbols > 0.0) json["task"]["few_symbols"] = task.few_symbols;
   if (task.repeats > 0.0) json["task"]["repeats"] = task.repeats;
   if (task.end) json["task"]["end"] = true;

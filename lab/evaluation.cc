@@ -54,6 +54,10 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
   int64_t exact = 0, right = 0, asked = 0;
   double loss = 0.0;
   std::vector<int64_t> slot_right, slot_asked;
+  at::Tensor query_scale;
+  if (run.evaluation.query_scale != 1.0) {
+    query_scale = at::full({}, run.evaluation.query_scale, parameters.options());
+  }
   for (int64_t first = 0; first < result->samples; first += per_batch) {
     const int64_t count = std::min(per_batch, result->samples - first);
     const Batch batch = EvaluationBatch(task, result->length, first, count);
@@ -69,7 +73,7 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         model
             .Forward(parameters,
                      AsTensor(batch.tokens, {batch.rows, batch.tokens_per_row}).to(device),
-                     AsTensor(batch.index, {batch.rows * slots}).to(device), observer)
+                     AsTensor(batch.index, {batch.rows * slots}).to(device), query_scale, observer)
             .to(at::kFloat);
     const at::Tensor labels = AsTensor(batch.labels, {batch.rows * slots});
     loss +=

@@ -27,6 +27,7 @@ struct Chunk {
   at::Tensor index;   // [steps, batch·targets]
   at::Tensor labels;  // [steps, batch·targets]
   at::Tensor rates;   // [steps, kRates] float32: StepRates
+  at::Tensor scales;  // [steps] float32: Batch::query_scale
 };
 
 class GraphStepper final : public Stepper {
@@ -106,7 +107,8 @@ class GraphStepper final : public Stepper {
     return {at::zeros({kChunkSteps, batch, tokens_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
-            at::zeros({kChunkSteps, kRates}, options.dtype(at::kFloat))};
+            at::zeros({kChunkSteps, kRates}, options.dtype(at::kFloat)),
+            at::zeros({kChunkSteps}, options.dtype(at::kFloat))};
   }
 
   // Makes the data of some steps; no call into CUDA, so that it may run beside a capture.
@@ -115,6 +117,7 @@ class GraphStepper final : public Stepper {
     int64_t* index = chunk->index.mutable_data_ptr<int64_t>();
     int64_t* labels = chunk->labels.mutable_data_ptr<int64_t>();
     float* rates = chunk->rates.mutable_data_ptr<float>();
+    float* scales = chunk->scales.mutable_data_ptr<float>();
     const int64_t batch_tokens = run_.training.batch * tokens_;
     const int64_t batch_targets = run_.training.batch * targets_;
     const auto make = [&](int64_t i) {
@@ -122,6 +125,7 @@ class GraphStepper final : public Stepper {
       std::copy(batch.tokens.begin(), batch.tokens.end(), tokens + i * batch_tokens);
       std::copy(batch.index.begin(), batch.index.end(), index + i * batch_targets);
       std::copy(batch.labels.begin(), batch.labels.end(), labels + i * batch_targets);
+      scales[i] = static_cast<float>(batch.query_scale);
       const StepRates step = RatesOfStep(run_.training, first + i);
       const std::array<double, kRates> numbers = {step.rate, step.second, step.decay, step.muon,
                                                   step.renewal};
@@ -145,13 +149,18 @@ class GraphStepper final : public Stepper {
     device_.index.copy_(from.index, true);
     device_.labels.copy_(from.labels, true);
     device_.rates.copy_(from.rates, true);
+    device_.scales.copy_(from.scales, true);
   }
 
   // One step, reading row `counter_` of the chunk.
   void Step() {
     const at::Tensor tokens = device_.tokens.index_select(0, counter_)[0];
+    at::Tensor query_scale;
+    if (run_.training.lowest_query_scale < 1.0) {
+      query_scale = device_.scales.index_select(0, counter_)[0];
+    }
     const at::Tensor loss = Loss(model_, leaf_, tokens, device_.index.index_select(0, counter_)[0],
-                                 device_.labels.index_select(0, counter_)[0]);
+                                 device_.labels.index_select(0, counter_)[0], query_scale);
     const at::Tensor gradient = torch::autograd::grad({loss}, {leaf_})[0].contiguous();
     const at::NoGradGuard no_gradient;
     model_.ClearZeroToken(gradient);

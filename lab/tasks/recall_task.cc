@@ -14,13 +14,14 @@
 // For training only, `few_pairs` of the samples hold 1 to 3 pairs; in `collisions` of them the
 // values come from a part of the vocabulary whose first symbols are few, so that copying what
 // follows the same first symbol elsewhere is wrong more often than right; in `key_collisions` of
-// them all keys share their first or their last symbol with one of them; in `echoes` of them the
-// keys are words of both vocabularies and about half of the values are keys of the same context. In
-// long contexts many keys have a neighbour like that, or stand as a value elsewhere; in short ones
-// by chance hardly any.
+// them all keys share their first or their last symbol with one of them, or with `crossed_keys` any
+// symbol at any place, and often one is another backwards. In long contexts many keys do, in short
+// ones by chance hardly any. Within the first `easy_steps` steps the share of `few_pairs` falls to
+// none and that of `key_collisions` rises from none.
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <set>
 
 #include "tasks/task.h"
@@ -41,18 +42,12 @@ class RecallTask final : public Task {
         values_(MakeWords(2, options.value_symbols)) {
     // Words in order, so that words with the same first symbol are neighbours.
     std::sort(values_.begin(), values_.end());
-    if (options.key_symbols == options.value_symbols) {
-      for (size_t i = 0; i < keys_.size(); ++i) {
-        const auto found = std::lower_bound(values_.begin(), values_.end(), keys_[i]);
-        if (found == values_.end() || *found != keys_[i]) continue;
-        common_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(found - values_.begin())});
-      }
-    }
     by_first_.resize(static_cast<size_t>(options.symbols));
     by_last_.resize(static_cast<size_t>(options.symbols));
     for (size_t i = 0; i < keys_.size(); ++i) {
       by_first_[FirstSymbol(keys_[i])].push_back(static_cast<int32_t>(i));
       by_last_[LastSymbol(keys_[i])].push_back(static_cast<int32_t>(i));
+      number_.emplace(keys_[i], static_cast<int32_t>(i));
     }
   }
 
@@ -66,20 +61,25 @@ class RecallTask final : public Task {
   }
 
   Sample Generate(int64_t length, Random& random) const override {
-    return Make(length, Pairs(length), {}, random);
+    return Make(length, Pairs(length), false, false, random);
   }
 
-  Sample GenerateForTraining(int64_t length, Random& random) const override {
+  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
     int64_t pairs = Pairs(length);
-    if (random.Chance(options_.few_pairs)) {
+    double few = options_.few_pairs, alike = options_.key_collisions;
+    if (options_.easy_steps > 0) {
+      const double done =
+          std::min(1.0, static_cast<double>(step) / static_cast<double>(options_.easy_steps));
+      few *= 1.0 - done;
+      alike *= done;
+    }
+    if (random.Chance(few)) {
       pairs = std::min(pairs, random.Integer(1, kSimplePairs));
     }
-    Traps traps;
-    traps.values = random.Chance(options_.collisions);
+    const bool collide = random.Chance(options_.collisions);
     // No number is drawn where there was no choice: samples stay what they were.
-    traps.keys = options_.key_collisions > 0.0 && random.Chance(options_.key_collisions);
-    traps.echoes = options_.echoes > 0.0 && random.Chance(options_.echoes);
-    return Make(length, pairs, traps, random);
+    const bool keys_collide = options_.key_collisions > 0.0 && random.Chance(alike);
+    return Make(length, pairs, collide, keys_collide, random);
   }
 
   void Solve(Sample& sample) const override {
@@ -103,13 +103,6 @@ class RecallTask final : public Task {
 
  private:
   using Word = std::array<int32_t, 8>;
-
-  // What makes a training sample hard.
-  struct Traps {
-    bool values = false;  // that begin alike
-    bool keys = false;    // that share symbols
-    bool echoes = false;  // values that are keys
-  };
 
   std::vector<Word> MakeWords(uint64_t stream, int64_t word_symbols) const {
     Random random(kVocabularySeed, stream);
@@ -154,13 +147,17 @@ class RecallTask final : public Task {
     const auto chosen = static_cast<int32_t>(random.Below(options_.vocabulary));
     const Word& word = keys_[static_cast<size_t>(chosen)];
     std::vector<int32_t> pool = {chosen};
-    const size_t first = FirstSymbol(word);
-    for (const int32_t other : by_first_[first]) {
-      if (other != chosen) pool.push_back(other);
-    }
-    for (const int32_t other : by_last_[LastSymbol(word)]) {
-      // The others are there already.
-      if (FirstSymbol(keys_[static_cast<size_t>(other)]) != first) pool.push_back(other);
+    const size_t first = FirstSymbol(word), last = LastSymbol(word);
+    const auto add = [&](const std::vector<int32_t>& others) {
+      for (const int32_t other : others) {
+        if (std::find(pool.begin(), pool.end(), other) == pool.end()) pool.push_back(other);
+      }
+    };
+    add(by_first_[first]);
+    add(by_last_[last]);
+    if (options_.crossed_keys) {
+      add(by_first_[last]);
+      add(by_last_[first]);
     }
     if (static_cast<int64_t>(pool.size()) < pairs) return {};
     // The chosen one among them: it is the one that all others are like.
@@ -168,48 +165,34 @@ class RecallTask final : public Task {
     for (const int32_t i : random.Distinct(pairs - 1, static_cast<int64_t>(pool.size()) - 1)) {
       keys.push_back(pool[static_cast<size_t>(i + 1)]);
     }
+    if (options_.crossed_keys && pairs > 1 && random.Chance(0.5)) {
+      Word backwards = word;
+      std::reverse(backwards.begin(), backwards.begin() + options_.key_symbols);
+      const auto found = number_.find(backwards);
+      if (found != number_.end() &&
+          std::find(keys.begin(), keys.end(), found->second) == keys.end()) {
+        keys[1] = found->second;
+      }
+    }
     std::swap(keys[0], keys[static_cast<size_t>(random.Below(pairs))]);
     return keys;
   }
 
-  // Keys that are values too, and with even chance for each pair the word of a key as its value.
-  void Echo(int64_t pairs, Random& random, std::vector<int32_t>* keys,
-            std::vector<int32_t>* values) const {
-    const std::vector<int32_t> chosen =
-        random.Distinct(pairs, static_cast<int64_t>(common_.size()));
-    const std::vector<int32_t> order = random.Distinct(pairs, pairs);
-    std::set<int32_t> taken;
-    for (const int32_t word : chosen) taken.insert(common_[static_cast<size_t>(word)].value);
-    for (int64_t i = 0; i < pairs; ++i) {
-      const auto at = static_cast<size_t>(i);
-      (*keys)[at] = common_[static_cast<size_t>(chosen[at])].key;
-      const auto other = static_cast<size_t>(chosen[static_cast<size_t>(order[at])]);
-      (*values)[at] = common_[other].value;
-      if (random.Chance(0.5)) continue;
-      do {
-        (*values)[at] = static_cast<int32_t>(random.Below(options_.vocabulary));
-      } while (!taken.insert((*values)[at]).second);
-    }
-  }
-
-  Sample Make(int64_t length, int64_t pairs, Traps traps, Random& random) const {
+  Sample Make(int64_t length, int64_t pairs, bool collide, bool keys_collide,
+              Random& random) const {
     std::vector<int32_t> keys;
-    if (traps.keys) keys = KeysAlike(pairs, random);
+    if (keys_collide) keys = KeysAlike(pairs, random);
     if (keys.empty()) keys = random.Distinct(pairs, options_.vocabulary);
     std::vector<int32_t> values;
     // Words that begin with one of a few neighbouring symbols; never fewer than are needed.
     const int64_t alike = std::max(
         2 * pairs, options_.vocabulary * kFewFirstSymbols / std::max(options_.symbols, int64_t{1}));
-    if (traps.values && alike < options_.vocabulary) {
+    if (collide && alike < options_.vocabulary) {
       const int64_t first = random.Below(options_.vocabulary - alike + 1);
       values = random.Distinct(pairs, alike);
       for (int32_t& value : values) value += static_cast<int32_t>(first);
     } else {
       values = random.Distinct(pairs, options_.vocabulary);
-    }
-    // No more than half of such words, so that others are found for the rest of the values.
-    if (traps.echoes && 2 * pairs <= static_cast<int64_t>(common_.size())) {
-      Echo(pairs, random, &keys, &values);
     }
 
     if (options_.own_slots) length = length / pairs * pairs;
@@ -261,14 +244,9 @@ class RecallTask final : public Task {
   const TaskOptions options_;
   std::vector<Word> keys_;
   std::vector<Word> values_;
-  // Words that are both.
-  struct Common {
-    int32_t key;
-    int32_t value;
-  };
-  std::vector<Common> common_;
   // Numbers of the keys with a certain first or last symbol.
   std::vector<std::vector<int32_t>> by_first_, by_last_;
+  std::map<Word, int32_t> number_;  // of a key
 };
 
 }  // namespace

@@ -70,7 +70,7 @@ class RandomSymbolsTask : public SequenceTask {
  public:
   using SequenceTask::SequenceTask;
 
-  Sample GenerateForTraining(int64_t length, Random& random) const override {
+  Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const override {
     // No number is drawn where there is no choice: samples stay what they were.
     if (options_.few_symbols == 0.0 || !random.Chance(options_.few_symbols)) {
       std::vector<int32_t> source = Source(length, random);

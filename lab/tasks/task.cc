@@ -41,8 +41,8 @@ class EndedTask final : public Task {
   Sample Generate(int64_t length, Random& random) const override {
     return Ended(task_->Generate(length, random));
   }
-  Sample GenerateForTraining(int64_t length, Random& random) const override {
-    return Ended(task_->GenerateForTraining(length, random));
+  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
+    return Ended(task_->GenerateForTraining(length, step, random));
   }
   void Solve(Sample& sample) const override {
     sample.tokens.pop_back();
@@ -86,7 +86,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckRange("items", options.items, 1, most), CheckShare("write", options.write),
         CheckShare("read", options.read), CheckShare("few_pairs", options.few_pairs),
         CheckShare("collisions", options.collisions),
-        CheckShare("key_collisions", options.key_collisions), CheckShare("echoes", options.echoes),
+        CheckShare("key_collisions", options.key_collisions),
         CheckShare("few_symbols", options.few_symbols), CheckShare("repeats", options.repeats),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
         CheckRange("value_symbols", options.value_symbols, 1, 8),

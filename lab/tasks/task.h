@@ -41,7 +41,8 @@ struct TaskOptions {
   double few_pairs = 0.0;       // recall: share of the samples that hold only 1 to 3 pairs
   double collisions = 0.0;      // recall: share of the samples whose values begin alike
   double key_collisions = 0.0;  // recall: share of the samples whose keys share symbols
-  double echoes = 0.0;          // recall: share of the samples whose values are keys, too
+  bool crossed_keys = false;    // recall: they may share them at different places
+  int64_t easy_steps = 0;       // recall: training steps in which samples become harder
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols
   double repeats = 0.0;         // the same: share of the others in which parts stand twice
   // As the published generator (deep-spin/asentmax) makes them:
@@ -63,8 +64,9 @@ class Task {
   virtual int64_t MaxTargets(int64_t length) const = 0;
   // `length` counts source symbols.
   virtual Sample Generate(int64_t length, Random& random) const = 0;
-  // Training may mix in easier or harder samples than those of Generate.
-  virtual Sample GenerateForTraining(int64_t length, Random& random) const {
+  // Training may mix in easier or harder samples than those of Generate, and other ones in its
+  // first steps, which count from 0.
+  virtual Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const {
     return Generate(length, random);
   }
   // Overwrites the target tokens by what the rule makes of the others.

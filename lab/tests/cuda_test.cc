@@ -232,11 +232,13 @@ TEST_F(CudaTrainingTest, KeepsItsStateInBfloat16) {
   EXPECT_TRUE(KeepsBfloat16(folder_.File("rounded-cuda")));
 }
 
-// The average too, from the first step on: what the captured graph was warmed up with is not in it.
+// The average, and the scales of the queries, too, from the first step on: what the captured graph
+// was warmed up with is not in it.
 TEST_F(CudaTrainingTest, AveragesAsTheCpuDoes) {
   RunConfig run = SmallRun(AttentionKind::kAsentmax, Precision::kFloat32);
   run.training.steps = 15;
   run.training.average = 0.9;
+  run.training.lowest_query_scale = 0.5;
   std::vector<at::Tensor> averages;
   for (const char* device : {"cpu", "cuda"}) {
     Losses(run, device, device);

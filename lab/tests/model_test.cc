@@ -62,6 +62,8 @@ TEST(Model, GradientsAgreeWithFiniteDifferences) {
       SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
       const Model model(SmallConfig(kind, positions), 11, at::kCPU, at::kFloat);
       const Problem problem = MakeProblem(random, 3, 9);
+      at::Tensor query_scale;
+      if (positions == Positions::kNape) query_scale = at::full({}, 0.4);
       at::Tensor leaf = model.Initialise(7);
       // A direction in the space of all parameters, and the slope along it.
       at::Tensor direction = at::zeros_like(leaf);
@@ -70,13 +72,14 @@ TEST(Model, GradientsAgreeWithFiniteDifferences) {
       }
       direction = direction / direction.norm();
       leaf.set_requires_grad(true);
-      const at::Tensor loss = Loss(model, leaf, problem.tokens, problem.index, problem.labels);
+      const at::Tensor loss =
+          Loss(model, leaf, problem.tokens, problem.index, problem.labels, query_scale);
       const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0];
       const double slope = (gradient * direction).sum().item<double>();
       const at::NoGradGuard no_gradient;
       const auto value = [&](double step) {
         return Loss(model, leaf.detach() + step * direction, problem.tokens, problem.index,
-                    problem.labels)
+                    problem.labels, query_scale)
             .item<double>();
       };
       constexpr double kStep = 3e-3;
@@ -122,9 +125,40 @@ TEST(Model, AdaptiveScalerStartsWhereToldTo) {
     // NAPE of four heads: slopes 1, 1/2, none, none.
     EXPECT_TRUE(inputs.slopes.equal(at::tensor({1.0F, 0.5F, 0.0F, 0.0F})));
   };
-  model.Forward(model.Initialise(1), at::zeros({1, 5}, at::kLong), at::zeros({1}, at::kLong),
+  model.Forward(model.Initialise(1), at::zeros({1, 5}, at::kLong), at::zeros({1}, at::kLong), {},
                 observer);
   EXPECT_TRUE(seen);
+}
+
+// Only the queries, and only of heads without a fixed slope.
+TEST(Model, QueriesCanBeScaled) {
+  SCOPED_TRACE(testing::SeedMessage());
+  testing::Random random(22);
+  const at::NoGradGuard no_gradient;
+  for (const AttentionKind kind : kKinds) {
+    for (const Positions positions : kPositions) {
+      SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
+      const ModelConfig config = SmallConfig(kind, positions);
+      const Model model(config, 11, at::kCPU, at::kFloat);
+      const at::Tensor parameters = model.Initialise(4) * 8.0;
+      const Problem problem = MakeProblem(random, 2, 9);
+      const auto output = [&](const at::Tensor& values, const at::Tensor& query_scale) {
+        return model.Forward(values, problem.tokens, problem.index, query_scale);
+      };
+      const at::Tensor scaled = output(parameters, at::full({}, 0.3));
+      const bool linear = kind == AttentionKind::kLinear || kind == AttentionKind::kSelectiveLinear;
+      const at::Tensor by_hand = parameters.clone();
+      const int64_t plain = positions == Positions::kNape ? config.width / 2 : 0;
+      for (int64_t layer = 0; layer < config.layers && !linear; ++layer) {
+        model.Find(by_hand, "layer" + std::to_string(layer) + ".qkv")
+            .narrow(1, plain, config.width - plain)
+            .mul_(0.3);
+      }
+      EXPECT_LE((scaled - output(by_hand, {})).abs().max().item<double>(), 4e-6);
+      const double change = (scaled - output(parameters, {})).abs().max().item<double>();
+      EXPECT_TRUE(linear ? change == 0.0 : change > 2e-5) << change;
+    }
+  }
 }
 
 TEST(Optimizer, FollowsTheFormula) {

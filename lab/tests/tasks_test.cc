@@ -50,7 +50,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.few_pairs = 0.3;
     options.collisions = 0.3;
     options.key_collisions = 0.3;
-    options.echoes = 0.3;
+    options.crossed_keys = name == "recall";
     options.few_symbols = 0.3;
     options.repeats = 0.3;
     const std::unique_ptr<Task> task = Make(options);
@@ -60,7 +60,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
       const int64_t length = task->min_length() + extra;
       for (int i = 0; i < 20; ++i) {
         CheckSample(*task, length, task->Generate(length, random));
-        CheckSample(*task, length, task->GenerateForTraining(length, random));
+        CheckSample(*task, length, task->GenerateForTraining(length, 0, random));
       }
     }
   }
@@ -167,7 +167,7 @@ TEST(Tasks, RecallKeysCanCollide) {
   };
   int by_chance = 0;
   for (int i = 0; i < 100; ++i) {
-    const Sample sample = task->GenerateForTraining(64, random);
+    const Sample sample = task->GenerateForTraining(64, 0, random);
     CheckSample(*task, 64, sample);
     ASSERT_TRUE(share(sample));
     by_chance += share(task->Generate(64, random)) ? 1 : 0;
@@ -177,50 +177,59 @@ TEST(Tasks, RecallKeysCanCollide) {
   options.key_symbols = 1;
   options.vocabulary = 100;
   const std::unique_ptr<Task> single = Make(options);
-  for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, random));
+  for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, 0, random));
 }
 
-// In such samples about half of the values are keys of the context; in evaluation none is.
-TEST(Tasks, RecallValuesCanEchoKeys) {
+// Samples become harder: first those of few pairs and no keys alike, in the end the opposite.
+TEST(Tasks, RecallSamplesBecomeHarder) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(testing::TestSeed());
   TaskOptions options;
   options.name = "recall";
-  options.echoes = 1.0;
+  options.few_pairs = 1.0;
+  options.key_collisions = 1.0;
+  options.crossed_keys = true;
+  options.easy_steps = 1000;
   const std::unique_ptr<Task> task = Make(options);
-  const auto echoes = [](const Sample& sample) {
-    std::set<std::pair<int32_t, int32_t>> keys, values;
-    size_t pairs = 0;
-    for (size_t i = 2; i + 2 < sample.tokens.size(); ++i) {
-      if (sample.tokens[i] != 257) continue;
-      ++pairs;
-      keys.insert({sample.tokens[i - 2], sample.tokens[i - 1]});
-      values.insert({sample.tokens[i + 1], sample.tokens[i + 2]});
-    }
-    // Distinct, as the task's definition says.
-    EXPECT_EQ(keys.size(), pairs);
-    EXPECT_EQ(values.size(), pairs);
-    int64_t both = 0;
-    for (const auto& value : values) both += static_cast<int64_t>(keys.count(value));
-    return both;
+  struct Seen {
+    int64_t few = 0, alike = 0, backwards = 0;
   };
-  int64_t trained = 0, evaluated = 0;
-  for (int i = 0; i < 200; ++i) {
-    const Sample sample = task->GenerateForTraining(64, random);
-    CheckSample(*task, 64, sample);
-    trained += echoes(sample);
-    evaluated += echoes(task->Generate(64, random));
-  }
-  // 8 pairs a sample, half of them: 800 ± 20.
-  EXPECT_GT(trained, 680);
-  EXPECT_LT(trained, 920);
-  EXPECT_LE(evaluated, 4);
-  // Too few words in both vocabularies, or words of other lengths: samples are made all the same.
-  options.symbols = 100;
-  options.vocabulary = 50;
-  CheckSample(*Make(options), 64, Make(options)->GenerateForTraining(64, random));
-  options.value_symbols = 3;
-  CheckSample(*Make(options), 64, Make(options)->GenerateForTraining(64, random));
+  const auto count = [&](int64_t step) {
+    Seen seen;
+    for (int i = 0; i < 200; ++i) {
+      const Sample sample = task->GenerateForTraining(64, step, random);
+      CheckSample(*task, 64, sample);
+      std::vector<std::pair<int32_t, int32_t>> keys;
+      for (size_t at = 2; at < sample.tokens.size(); ++at) {
+        if (sample.tokens[at] == 257)
+          keys.push_back({sample.tokens[at - 2], sample.tokens[at - 1]});
+      }
+      const auto like = [](const auto& one, const auto& other) {
+        return one.first == other.first || one.second == other.second ||
+               one.first == other.second || one.second == other.first;
+      };
+      const auto contains = [&](const std::pair<int32_t, int32_t>& key) {
+        return std::find(keys.begin(), keys.end(), key) != keys.end();
+      };
+      seen.few += keys.size() <= 3 ? 1 : 0;
+      seen.alike += std::any_of(keys.begin(), keys.end(), [&](const auto& one) {
+        return std::all_of(keys.begin(), keys.end(),
+                           [&](const auto& other) { return like(one, other); });
+      });
+      seen.backwards += std::any_of(keys.begin(), keys.end(), [&](const auto& key) {
+        return key.first != key.second && contains({key.second, key.first});
+      });
+    }
+    return seen;
+  };
+  const Seen first = count(0), middle = count(500), last = count(5000);
+  EXPECT_EQ(first.few, 200);
+  EXPECT_LE(first.backwards, 2);
+  EXPECT_NEAR(static_cast<double>(middle.few), 100.0, 40.0);
+  EXPECT_EQ(last.few, 0);
+  EXPECT_EQ(last.alike, 200);
+  // 15 % of the keys are another one backwards; half of those that have one get it.
+  EXPECT_GE(last.backwards, 4);
 }
 
 // Parts of three symbols that stand twice: hardly any in random sequences of 64, several where
@@ -245,7 +254,7 @@ TEST(Tasks, TrainingSamplesCanRepeatParts) {
     };
     int64_t trained = 0, evaluated = 0;
     for (int i = 0; i < 200; ++i) {
-      const Sample sample = task->GenerateForTraining(64, random);
+      const Sample sample = task->GenerateForTraining(64, 0, random);
       CheckSample(*task, 64, sample);
       trained += repeated(sample);
       evaluated += repeated(task->Generate(64, random));
@@ -253,7 +262,7 @@ TEST(Tasks, TrainingSamplesCanRepeatParts) {
     EXPECT_GT(trained, 600) << name;
     EXPECT_LT(evaluated, 60) << name;
     // Too short to repeat anything.
-    for (int i = 0; i < 20; ++i) CheckSample(*task, 3, task->GenerateForTraining(3, random));
+    for (int i = 0; i < 20; ++i) CheckSample(*task, 3, task->GenerateForTraining(3, 0, random));
   }
 }
 
@@ -272,7 +281,7 @@ TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
     };
     std::set<size_t> seen;
     for (int i = 0; i < 200; ++i) {
-      const Sample sample = task->GenerateForTraining(200, random);
+      const Sample sample = task->GenerateForTraining(200, 0, random);
       CheckSample(*task, 200, sample);
       seen.insert(symbols(sample));
       ASSERT_GT(symbols(task->Generate(200, random)), 20u);

@@ -5,10 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "batch.h"
 #include "checkpoint_values.h"
 #include "io/temporary_folder.h"
 #include "testing/status.h"
@@ -58,6 +60,7 @@ TEST_F(TrainerTest, ResumesBitForBit) {
     if (kind == AttentionKind::kSoftmax) {
       run.training.optimizer = Optimizer::kMuon;
       run.training.average = 0.9;
+      run.training.lowest_query_scale = 0.5;
     }
     if (kind == AttentionKind::kAsentmax) {
       run.training.precision = Precision::kBFloat16True;
@@ -130,6 +133,25 @@ TEST_F(TrainerTest, EvaluationIsCompleteAndRepeatable) {
   }
   ASSERT_TRUE(testing::IsOk(Evaluate(run, options)));
   EXPECT_EQ(*text, *ReadFile(options.folder + "/result.json"));
+}
+
+// A number of its own for every step, the logarithm uniform; the samples are what they would be
+// without.
+TEST_F(TrainerTest, BatchesDrawAScaleForTheQueries) {
+  RunConfig run = SmallRun(AttentionKind::kEntmax);
+  const std::unique_ptr<Task> task = *MakeTask(run.task);
+  const Batch plain = TrainingBatch(*task, run, 3, false);
+  EXPECT_EQ(plain.query_scale, 1.0);
+  run.training.lowest_query_scale = 0.25;
+  EXPECT_EQ(TrainingBatch(*task, run, 3, false).tokens, plain.tokens);
+  int64_t below_half = 0;
+  for (int64_t step = 0; step < 400; ++step) {
+    const double scale = TrainingBatch(*task, run, step, false).query_scale;
+    EXPECT_EQ(scale, TrainingBatch(*task, run, step, true).query_scale);
+    EXPECT_TRUE(scale >= 0.25 && scale <= 1.0) << scale;
+    below_half += scale < 0.5 ? 1 : 0;
+  }
+  EXPECT_NEAR(static_cast<double>(below_half), 200.0, 40.0);  // four standard deviations
 }
 
 TEST_F(TrainerTest, EvaluatesTheAverageOrTheLastParameters) {
