@@ -1,7 +1,6 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "random.h"
 
@@ -11,7 +10,6 @@ namespace {
 // Streams of random numbers that never meet.
 constexpr uint64_t kTrainingStream = 0x7472;
 constexpr uint64_t kEvaluationStream = 0x6576;
-constexpr uint64_t kQueryScaleStream = 0x7173;
 
 }  // namespace
 
@@ -60,19 +58,20 @@ Batch TrainingBatch(const Task& task, const RunConfig& run, int64_t step, bool f
     const int64_t length = random.Integer(training.min_length, training.max_length);
     samples.push_back(task.GenerateForTraining(length, step, random));
   }
-  Batch batch = fixed_size ? MakeBatch(samples, task.MaxTokens(training.max_length) - 1,
-                                       task.MaxTargets(training.max_length))
-                           : MakeBatch(samples);
-  Random scale(run.seed, kQueryScaleStream, static_cast<uint64_t>(step));
-  batch.query_scale = std::pow(training.lowest_query_scale, scale.Uniform());
-  return batch;
+  if (!fixed_size) return MakeBatch(samples);
+  return MakeBatch(samples, task.MaxTokens(training.max_length) - 1,
+                   task.MaxTargets(training.max_length));
+}
+
+Sample EvaluationSample(const Task& task, int64_t length, int64_t sample) {
+  Random random(kEvaluationStream, static_cast<uint64_t>(length), static_cast<uint64_t>(sample));
+  return task.Generate(length, random);
 }
 
 Batch EvaluationBatch(const Task& task, int64_t length, int64_t first, int64_t count) {
   std::vector<Sample> samples;
   for (int64_t i = first; i < first + count; ++i) {
-    Random random(kEvaluationStream, static_cast<uint64_t>(length), static_cast<uint64_t>(i));
-    samples.push_back(task.Generate(length, random));
+    samples.push_back(EvaluationSample(task, length, i));
   }
   return MakeBatch(samples);
 }

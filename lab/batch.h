@@ -22,7 +22,6 @@ struct Batch {
   std::vector<int64_t> tokens;  // [rows, tokens_per_row]
   std::vector<int64_t> index;   // [rows, targets_per_row]: where the prediction stands in `tokens`
   std::vector<int64_t> labels;  // [rows, targets_per_row]
-  double query_scale = 1.0;     // training: what the model's queries are multiplied by
 };
 
 // If `tokens_per_row` and `targets_per_row` are 0, they are what the samples need.
@@ -33,7 +32,10 @@ Batch MakeBatch(const std::vector<Sample>& samples, int64_t tokens_per_row = 0,
 // pads to what the longest possible sample needs.
 Batch TrainingBatch(const Task& task, const RunConfig& run, int64_t step, bool fixed_size);
 
-// Evaluation samples first … first + count − 1 of a length; the same for every run.
+// Evaluation sample number `sample` of a length; the same for every run.
+Sample EvaluationSample(const Task& task, int64_t length, int64_t sample);
+
+// Evaluation samples first … first + count − 1 of a length.
 Batch EvaluationBatch(const Task& task, int64_t length, int64_t first, int64_t count);
 
 }  // namespace flash_entmax::lab

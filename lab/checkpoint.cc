@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <cstring>
 #include <map>
 #include <vector>
@@ -17,15 +18,9 @@ struct Entry {
   const char* name;
   at::Tensor TrainingState::*member;
 };
-
-// Those that the state has.
-std::vector<Entry> Entries(const TrainingState& state) {
-  std::vector<Entry> entries = {{"parameters", &TrainingState::parameters},
-                                {"first_moment", &TrainingState::first_moment},
-                                {"second_moment", &TrainingState::second_moment}};
-  if (state.average.defined()) entries.push_back({"average", &TrainingState::average});
-  return entries;
-}
+constexpr std::array<Entry, 3> kEntries = {{{"parameters", &TrainingState::parameters},
+                                            {"first_moment", &TrainingState::first_moment},
+                                            {"second_moment", &TrainingState::second_moment}}};
 
 uint64_t Begin(int64_t step) { return Checksum(&step, sizeof(step)); }
 
@@ -55,7 +50,7 @@ Status WriteCheckpoint(const std::string& path, const RunConfig& run, int64_t st
   std::vector<at::Tensor> kept;
   std::vector<io::NamedTensor> tensors;
   uint64_t checksum = Begin(step);
-  for (const Entry& entry : Entries(state)) {
+  for (const Entry& entry : kEntries) {
     kept.push_back((state.*entry.member).to(at::kCPU, at::kFloat).contiguous());
     const at::Tensor& tensor = kept.back();
     const auto size = static_cast<size_t>(tensor.numel());
@@ -87,25 +82,25 @@ Expected<int64_t> ReadCheckpoint(const std::string& path, const RunConfig& run,
   }
   step = std::stoll(text);
   uint64_t checksum = Begin(step);
-  const std::vector<Entry> entries = Entries(*state);
-  std::vector<TensorView> views;
-  for (const Entry& entry : entries) {
-    const Expected<TensorView> view = file->Tensor(entry.name);
-    if (!view.ok()) return Damaged(path, "which lacks " + std::string(entry.name));
-    if (view->dtype != DType::kFloat32 || view->num_elements() != (state->*entry.member).numel()) {
+  std::array<TensorView, kEntries.size()> views;
+  for (size_t i = 0; i < kEntries.size(); ++i) {
+    const Expected<TensorView> view = file->Tensor(kEntries[i].name);
+    if (!view.ok()) return Damaged(path, "which lacks " + std::string(kEntries[i].name));
+    if (view->dtype != DType::kFloat32 ||
+        view->num_elements() != (state->*kEntries[i].member).numel()) {
       return Damaged(path, "which holds a model of another size");
     }
-    views.push_back(*view);
+    views[i] = *view;
     checksum =
         Checksum(view->data, static_cast<size_t>(view->num_elements()) * sizeof(float), checksum);
   }
   if (std::to_string(checksum) != Value(metadata, "checksum")) {
     return Damaged(path, "whose checksum is wrong");
   }
-  for (size_t i = 0; i < entries.size(); ++i) {
+  for (size_t i = 0; i < kEntries.size(); ++i) {
     const at::Tensor stored =
         at::from_blob(const_cast<void*>(views[i].data), {views[i].num_elements()}, at::kFloat);
-    (state->*entries[i].member).copy_(stored);
+    (state->*kEntries[i].member).copy_(stored);
   }
   return step;
 }

@@ -1,4 +1,4 @@
-// The subcommands `train` and `eval` of the command-line program.
+// The subcommands `train`, `eval` and `mistakes` of the command-line program.
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -19,6 +19,7 @@
 
 #include "command.h"
 #include "config.h"
+#include "mistakes.h"
 #include "output.h"
 #include "trainer.h"
 
@@ -305,6 +306,53 @@ CommandResult RunEval(const LabOptions& options, const Context& context) {
   return {};
 }
 
+CommandResult RunMistakes(const std::string& path, const Context& context) {
+  const Expected<std::string> text = lab::ReadFile(path);
+  if (!text.ok()) return text.status();
+  const Expected<std::vector<lab::ExplainedLength>> lengths = lab::ExplainMistakes(*text);
+  if (!lengths.ok())
+    return Status(lengths.status().code(), path + ": " + lengths.status().message());
+  Json document = Json::array();
+  std::string lines;
+  for (const lab::ExplainedLength& length : *lengths) {
+    lines += fmt::format("length {} ({:g} x): {:.1f} % of the samples right\n", length.length,
+                         length.multiple, 100 * length.exact_match);
+    Json samples = Json::array();
+    for (const lab::ExplainedSample& sample : length.samples) {
+      Json wrong = Json::array();
+      for (const lab::WrongToken& token : sample.wrong) {
+        lines += fmt::format("  sample {}, place {}: {}, not {}{}\n", sample.sample, token.place,
+                             token.predicted, token.expected,
+                             token.source.empty() ? "" : ", " + token.source);
+        wrong.push_back({{"place", token.place},
+                         {"expected", token.expected},
+                         {"predicted", token.predicted},
+                         {"source", token.source}});
+      }
+      samples.push_back({{"sample", sample.sample}, {"wrong", wrong}});
+    }
+    Json entry = {{"length", length.length},
+                  {"multiple", length.multiple},
+                  {"exact_match", length.exact_match},
+                  {"samples", samples}};
+    if (length.tokens > 0) {
+      lines += fmt::format(
+          "  {} of {} wrong tokens stand elsewhere in the context; by chance {:.1f} would\n",
+          length.with_source, length.tokens, length.by_chance);
+      entry.update({{"tokens", length.tokens},
+                    {"with_source", length.with_source},
+                    {"by_chance", length.by_chance}});
+    }
+    document.push_back(std::move(entry));
+  }
+  if (context.common.json) {
+    PrintJson({{"command", "mistakes"}, {"result", path}, {"lengths", document}});
+  } else {
+    std::fputs(lines.c_str(), stdout);
+  }
+  return {};
+}
+
 void AddLabFlags(CLI::App* command, LabOptions* options) {
   command->add_option("recipe", options->recipe, "Recipe (JSON; docs/lab.md lists its keys)")
       ->required();
@@ -354,6 +402,16 @@ void AddEvalCommand(CLI::App& program, Context& context) {
                  "Evaluate the checkpoints of a recipe's runs at multiples of the training length.",
                  [options, &context] { return RunEval(*options, context); });
   AddLabFlags(command, options.get());
+}
+
+void AddMistakesCommand(CLI::App& program, Context& context) {
+  const auto path = std::make_shared<std::string>();
+  CLI::App* command = AddCommand(program, context, "mistakes",
+                                 "Show what a trained model answered wrongly, and where in the "
+                                 "context its answers stand.",
+                                 [path, &context] { return RunMistakes(*path, context); });
+  command->add_option("result", *path, "result.json of a run; it lists up to 20 samples a length")
+      ->required();
 }
 
 }  // namespace flash_entmax::cli

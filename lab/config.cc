@@ -177,7 +177,6 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Truth("crossed_keys", &task->crossed_keys);
   fields.Whole("easy_steps", &task->easy_steps, 0, kMany);
   fields.Real("few_symbols", &task->few_symbols, 0, 1);
-  fields.Real("repeats", &task->repeats, 0, 1);
   fields.Truth("end", &task->end);
   fields.Truth("repeat_queries", &task->repeat_queries);
   fields.Truth("own_slots", &task->own_slots);
@@ -236,8 +235,6 @@ void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
   fields.Real("beta2", &training->beta2, 0, 0.9999999);
   fields.Real("weight_decay", &training->weight_decay, 0, 10);
   fields.Real("clip", &training->clip, 1e-6, 1e6);
-  fields.Real("average", &training->average, 0, 0.9999999);
-  fields.Real("lowest_query_scale", &training->lowest_query_scale, 1e-3, 1);
   fields.Choice("precision", &training->precision, PrecisionNames());
   fields.Whole("log_every", &training->log_every, 1, kMany);
   fields.Whole("evaluate_every", &training->evaluate_every, 0, kMany);
@@ -257,8 +254,6 @@ void ReadEvaluation(const Json& json, EvaluationConfig* evaluation, Status* stat
   fields.Whole("total_tokens", &evaluation->total_tokens, 0, kMany);
   fields.Whole("max_tokens", &evaluation->max_tokens, 1, kMany);
   fields.Whole("statistics_rows", &evaluation->statistics_rows, 0, 1 << 20);
-  fields.Truth("average", &evaluation->average);
-  fields.Real("query_scale", &evaluation->query_scale, 1e-3, 1e3);
   fields.Finish();
 }
 
@@ -485,17 +480,10 @@ std::string RunToJson(const RunConfig& run) {
     json["training"]["optimizer"] = NameIn(OptimizerNames(), training.optimizer);
     json["training"]["muon_rate"] = training.muon_rate;
   }
-  if (training.average > 0.0) json["training"]["average"] = training.average;
-  if (training.lowest_query_scale < 1.0) {
-    json["training"]["lowest_query_scale"] = training.lowest_query_scale;
-  }
-  if (evaluation.query_scale != 1.0) json["evaluation"]["query_scale"] = evaluation.query_scale;
-  if (!evaluation.average) json["evaluation"]["average"] = false;
   if (task.key_collisions > 0.0) json["task"]["key_collisions"] = task.key_collisions;
   if (task.crossed_keys) json["task"]["crossed_keys"] = true;
   if (task.easy_steps > 0) json["task"]["easy_steps"] = task.easy_steps;
   if (task.few_symbols > 0.0) json["task"]["few_symbols"] = task.few_symbols;
-  if (task.repeats > 0.0) json["task"]["repeats"] = task.repeats;
   if (task.end) json["task"]["end"] = true;
   if (task.repeat_queries) json["task"]["repeat_queries"] = true;
   if (task.own_slots) json["task"]["own_slots"] = true;

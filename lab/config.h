@@ -74,14 +74,6 @@ struct TrainingConfig {
   double beta2 = 0.99;
   double weight_decay = 0.0;
   double clip = 1.0;
-  // Above 0: what is evaluated is the exponential moving average of the parameters over the steps,
-  // with this decay (Polyak & Juditsky 1992), and not the last ones.
-  double average = 0.0;
-  // Below 1: each step multiplies the queries of the heads without a fixed slope by a number
-  // between this and 1, the logarithm uniform. What is right at every scale in training is right
-  // with a wide margin at 1, which long contexts need: the more keys, the closer the best of the
-  // wrong ones.
-  double lowest_query_scale = 1.0;
   Precision precision = Precision::kFloat32;
   int64_t log_every = 50;
   int64_t evaluate_every = 0;  // steps between quick evaluations at the training length; 0: never
@@ -97,9 +89,7 @@ struct EvaluationConfig {
   // Samples of a length together have at most this many tokens (0: no limit), but there are never
   // fewer than kFewestSamples of them, or than `samples`.
   int64_t total_tokens = 0;
-  int64_t max_tokens = 16384;  // of one batch; longer samples go one at a time
-  double query_scale = 1.0;    // multiplies the same queries
-  bool average = true;         // of the average of training.average; false: of the last parameters
+  int64_t max_tokens = 16384;    // of one batch; longer samples go one at a time
   int64_t statistics_rows = 64;  // query rows a sample and head for the attention statistics
 };
 

@@ -16,7 +16,8 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kMostSlots = 64;
-constexpr size_t kMostMistakes = 20;
+// Of a length, and of a sample.
+constexpr size_t kMostMistakes = 20, kMostWrong = 20;
 
 at::Tensor AsTensor(const std::vector<int64_t>& values, std::vector<int64_t> shape) {
   return at::from_blob(const_cast<int64_t*>(values.data()), shape, at::kLong);
@@ -54,10 +55,6 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
   int64_t exact = 0, right = 0, asked = 0;
   double loss = 0.0;
   std::vector<int64_t> slot_right, slot_asked;
-  at::Tensor query_scale;
-  if (run.evaluation.query_scale != 1.0) {
-    query_scale = at::full({}, run.evaluation.query_scale, parameters.options());
-  }
   for (int64_t first = 0; first < result->samples; first += per_batch) {
     const int64_t count = std::min(per_batch, result->samples - first);
     const Batch batch = EvaluationBatch(task, result->length, first, count);
@@ -73,7 +70,7 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         model
             .Forward(parameters,
                      AsTensor(batch.tokens, {batch.rows, batch.tokens_per_row}).to(device),
-                     AsTensor(batch.index, {batch.rows * slots}).to(device), query_scale, observer)
+                     AsTensor(batch.index, {batch.rows * slots}).to(device), observer)
             .to(at::kFloat);
     const at::Tensor labels = AsTensor(batch.labels, {batch.rows * slots});
     loss +=
@@ -85,28 +82,28 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         static_cast<size_t>(std::max<int64_t>(static_cast<int64_t>(slot_right.size()), slots)));
     slot_asked.resize(slot_right.size());
     for (int64_t row = 0; row < batch.rows; ++row) {
+      Mistake mistake;
+      mistake.sample = first + row;
       bool all = true;
+      int64_t place = 0;
       for (int64_t slot = 0; slot < slots; ++slot) {
         const int64_t label = batch.labels[static_cast<size_t>(row * slots + slot)];
         if (label == Batch::kIgnored) continue;
-        const bool hit = prediction[row * slots + slot] == label;
+        const int64_t said = prediction[row * slots + slot];
+        const bool hit = said == label;
         ++asked;
         ++slot_asked[static_cast<size_t>(slot)];
         right += hit ? 1 : 0;
         slot_right[static_cast<size_t>(slot)] += hit ? 1 : 0;
+        if (!hit && mistake.wrong.size() < kMostWrong)
+          mistake.wrong.push_back({place, label, said});
         all = all && hit;
+        ++place;
       }
       exact += all ? 1 : 0;
-      if (all || slots > kMostSlots || result->mistakes.size() == kMostMistakes) continue;
-      Mistake mistake;
-      mistake.sample = first + row;
-      for (int64_t slot = 0; slot < slots; ++slot) {
-        const int64_t label = batch.labels[static_cast<size_t>(row * slots + slot)];
-        if (label == Batch::kIgnored) continue;
-        mistake.target.push_back(label);
-        mistake.predicted.push_back(prediction[row * slots + slot]);
+      if (!all && result->mistakes.size() < kMostMistakes) {
+        result->mistakes.push_back(std::move(mistake));
       }
-      result->mistakes.push_back(std::move(mistake));
     }
   }
   result->exact_match = static_cast<double>(exact) / static_cast<double>(result->samples);
@@ -166,9 +163,11 @@ std::string ResultsToJson(const RunConfig& run, const std::vector<LengthResult>&
     if (!result.slot_accuracy.empty()) entry["slot_accuracy"] = result.slot_accuracy;
     Json mistakes = Json::array();
     for (const Mistake& mistake : result.mistakes) {
-      mistakes.push_back({{"sample", mistake.sample},
-                          {"target", mistake.target},
-                          {"predicted", mistake.predicted}});
+      Json wrong = Json::array();
+      for (const Mistake::Token& token : mistake.wrong) {
+        wrong.push_back({token.place, token.expected, token.predicted});
+      }
+      mistakes.push_back({{"sample", mistake.sample}, {"wrong", std::move(wrong)}});
     }
     if (!mistakes.empty()) entry["mistakes"] = std::move(mistakes);
     Json layers = Json::array();

@@ -23,11 +23,15 @@ struct HeadStatistics {
 };
 
 // A sample whose target is not all right; which one says how to make it again (batch.h,
-// EvaluationBatch).
+// EvaluationSample).
 struct Mistake {
+  struct Token {
+    int64_t place = 0;  // in the target
+    int64_t expected = 0;
+    int64_t predicted = 0;  // after the true tokens before it
+  };
   int64_t sample = 0;
-  std::vector<int64_t> target;
-  std::vector<int64_t> predicted;  // each token with the true ones before it
+  std::vector<Token> wrong;  // the first few
 };
 
 struct LengthResult {
@@ -38,7 +42,7 @@ struct LengthResult {
   double token_accuracy = 0.0;  // share of the target tokens, each with the true ones before it
   double loss = 0.0;            // mean cross entropy of a target token
   std::vector<double> slot_accuracy;  // by place in the target, for targets of up to 64 tokens
-  std::vector<Mistake> mistakes;      // the first few, for such targets
+  std::vector<Mistake> mistakes;      // the first few
   std::vector<std::vector<HeadStatistics>> attention;  // [layers][heads]; empty for linear kinds
   std::string error;  // not empty: why there is no result, as when memory ran out
 };

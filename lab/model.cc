@@ -17,11 +17,6 @@ constexpr uint64_t kInitialisationStream = 0x696E;
 constexpr double kDecayStart = -4.0;
 constexpr double kWriteStart = 2.0;
 
-// A parameter of a layer.
-std::string NameIn(int64_t layer, const char* name) {
-  return "layer" + std::to_string(layer) + "." + name;
-}
-
 }  // namespace
 
 Model::Model(const ModelConfig& config, int64_t vocabulary, at::Device device,
@@ -45,9 +40,6 @@ Model::Model(const ModelConfig& config, int64_t vocabulary, at::Device device,
     // With slopes everywhere every head is scaled: there would be no head left otherwise.
     if (config.positions == Positions::kAlibi) plain_heads_ = 0;
   }
-  scaled_columns_ = at::zeros({3 * config.width}, at::TensorOptions(device).dtype(compute));
-  scaled_columns_.narrow(0, plain_heads_ * head_size_, (heads - plain_heads_) * head_size_)
-      .fill_(1);
   Add("embedding", {vocabulary_, config.width}, 0.0, config.init);
   Add("head", {config.width, vocabulary_}, 0.0, config.init);
   Add("final_norm", {config.width}, 0.0, 0.0);
@@ -168,7 +160,8 @@ std::vector<HiddenMatrix> Model::HiddenMatrices() const {
 
 const at::Tensor& Model::Piece(const Pieces& pieces, int64_t layer, const char* name) const {
   static const at::Tensor none;
-  const int64_t index = IndexOf(layer < 0 ? name : NameIn(layer, name));
+  const int64_t index =
+      IndexOf(layer < 0 ? name : "layer" + std::to_string(layer) + "." + std::string(name));
   return index < 0 ? none : pieces[static_cast<size_t>(index)];
 }
 
@@ -239,9 +232,11 @@ at::Tensor Model::Attend(const Pieces& pieces, int64_t layer, const at::Tensor& 
       break;
     }
   }
-  if (observer && !IsLinear()) observer(layer, inputs);
+  const bool linear = config_.attention == AttentionKind::kLinear ||
+                      config_.attention == AttentionKind::kSelectiveLinear;
+  if (observer && !linear) observer(layer, inputs);
   at::Tensor output;
-  if (IsLinear()) {
+  if (linear) {
     output = LinearAttention(inputs, decay, write);
   } else if (inputs.fixed_alpha == 1.0 && !inputs.alpha.defined() && inputs.qkv.is_cuda()) {
     output = ComposedSoftmax(inputs);
@@ -251,24 +246,11 @@ at::Tensor Model::Attend(const Pieces& pieces, int64_t layer, const at::Tensor& 
   return output.reshape({batch * length, config_.width});
 }
 
-bool Model::IsLinear() const {
-  return config_.attention == AttentionKind::kLinear ||
-         config_.attention == AttentionKind::kSelectiveLinear;
-}
-
 at::Tensor Model::Forward(const at::Tensor& parameters, const at::Tensor& tokens,
-                          const at::Tensor& index, const at::Tensor& query_scale,
-                          const AttentionObserver& observer) const {
+                          const at::Tensor& index, const AttentionObserver& observer) const {
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   Pieces pieces = parameters.split_with_sizes(sizes_);
   for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = pieces[i].view(parameters_[i].shape);
-  if (query_scale.defined() && !IsLinear()) {
-    const at::Tensor columns = (query_scale.to(compute_) - 1.0) * scaled_columns_ + 1.0;
-    for (int64_t layer = 0; layer < config_.layers; ++layer) {
-      at::Tensor& qkv = pieces[static_cast<size_t>(IndexOf(NameIn(layer, "qkv")))];
-      qkv = qkv * columns;
-    }
-  }
   auto [stream, hidden] = EmbedAndNorm(tokens.reshape({-1}), Piece(pieces, -1, "embedding"),
                                        Piece(pieces, 0, "attention_norm"), compute_);
   for (int64_t layer = 0; layer < config_.layers; ++layer) {

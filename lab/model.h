@@ -41,12 +41,9 @@ class Model {
 
   // parameters: [num_parameters] of the compute type. tokens: [batch, length] int64. index:
   // [batch·targets] int64 rows of the flattened tokens whose next token is asked for. Returns
-  // [batch·targets, padded vocabulary] of the compute type. query_scale: one number, by which the
-  // queries of all heads without a fixed slope are multiplied; undefined: 1. Linear attention has
-  // no scores and ignores it.
+  // [batch·targets, padded vocabulary] of the compute type.
   at::Tensor Forward(const at::Tensor& parameters, const at::Tensor& tokens,
-                     const at::Tensor& index, const at::Tensor& query_scale = {},
-                     const AttentionObserver& observer = nullptr) const;
+                     const at::Tensor& index, const AttentionObserver& observer = nullptr) const;
 
  private:
   struct Parameter {
@@ -65,7 +62,6 @@ class Model {
   at::Tensor Attend(const Pieces& pieces, int64_t layer, const at::Tensor& hidden, int64_t batch,
                     int64_t length, const AttentionObserver& observer) const;
   at::Tensor Rotate(const at::Tensor& qkv) const;
-  bool IsLinear() const;
 
   const ModelConfig config_;
   const at::ScalarType compute_;
@@ -75,8 +71,7 @@ class Model {
   std::vector<Parameter> parameters_;
   std::vector<int64_t> sizes_;
   int64_t total_ = 0;
-  at::Tensor slopes_;          // [heads], or undefined
-  at::Tensor scaled_columns_;  // [3·width]: 1 for those of qkv that make scaled queries, else 0
+  at::Tensor slopes_;  // [heads], or undefined
 };
 
 }  // namespace flash_entmax::lab

@@ -35,8 +35,7 @@ StepRates RatesOfStep(const TrainingConfig& training, int64_t step) {
   const double rate = LearningRate(training, step);
   return {rate / (1.0 - std::pow(training.beta1, count)),
           1.0 / (1.0 - std::pow(training.beta2, count)), rate * training.weight_decay,
-          training.muon_rate * rate / std::max(training.learning_rate, 1e-300),
-          std::max(1.0 - training.average, 9.0 / (10.0 + count))};
+          training.muon_rate * rate / std::max(training.learning_rate, 1e-300)};
 }
 
 double OptimizerStep(const TrainingConfig& training, int64_t step,
@@ -65,7 +64,6 @@ double OptimizerStep(const TrainingConfig& training, int64_t step,
              state->first_moment, state->parameters);
   }
   if (training.precision == Precision::kBFloat16True) state->Round();
-  if (state->average.defined()) state->average.lerp_(state->parameters, rates.renewal);
   return norm;
 }
 

@@ -20,8 +20,7 @@ struct TrainingState {
   at::Tensor parameters;     // [num_parameters] float32
   at::Tensor first_moment;   // like parameters
   at::Tensor second_moment;  // like parameters
-  // Like parameters, never rounded; undefined without training.average.
-  at::Tensor average = {};
+
   // Every number to the nearest bfloat16: Precision::kBFloat16True.
   void Round();
 };
@@ -42,9 +41,6 @@ struct StepRates {
   double second = 1.0;  // 1 / (1 − β2^t)
   double decay = 0.0;   // learning rate · weight decay
   double muon = 0.0;    // muon.h: rate
-  // average ← average + renewal·(w − average): 1 − the decay, and more in the first steps, so that
-  // the first parameters are soon forgotten.
-  double renewal = 0.0;
 };
 StepRates RatesOfStep(const TrainingConfig& training, int64_t step);
 

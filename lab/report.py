@@ -74,17 +74,22 @@ def unfinished(folders):
     return recipes
 
 
+def figure(share):
+    """A share in per cent. 100 means every one: digits are cut off there, not rounded."""
+    value = 100 * share
+    if 99.8 <= value < 100:
+        return f"{math.floor(value * 1e5) / 1e5:.5f}"[:6].rstrip("0").rstrip(".")
+    return f"{value:.1f}"
+
+
 def percent(values):
     """Mean and, in brackets, the range over seeds."""
     values = [v for v in values if v is not None]
     if not values:
         return "–"
-    mean = 100 * statistics.mean(values)
-    low, high = 100 * min(values), 100 * max(values)
-    spread = "" if len(values) == 1 or high - low < 0.05 else f" ({low:.0f}–{high:.0f})"
-    # 100 means every one: digits are cut off, not rounded.
-    nearly = f"{math.floor(mean * 1e5) / 1e5:.5f}"[:6].rstrip("0").rstrip(".")
-    return (nearly if 99.8 <= mean < 100 else f"{mean:.1f}") + spread
+    low, high = min(values), max(values)
+    spread = "" if high - low < 5e-4 else f" ({figure(low)}–{figure(high)})"
+    return figure(statistics.mean(values)) + spread
 
 
 def at(result, multiple):
@@ -233,6 +238,7 @@ def slots(variants, marks):
     if task["name"] != "recall":
         return []
     size = 1 + task["value_symbols"]
+    answers = size * task["queries"]
     out = ["<h3>Recall by place in the answer, %</h3><p>Mark, then the symbols of the value, mean over queries and "
            "seeds, each with the true ones before it. The ceiling is what a model reaches in whole sequences that "
            "finds every first symbol but copies the rest from any value that begins alike, without reading the "
@@ -243,9 +249,10 @@ def slots(variants, marks):
         cells = []
         for mark in marks:
             found = [at(r, mark).get("slot_accuracy") or [] for r in results]
-            found = [f for f in found if len(f) == size * task["queries"]]
-            cells.append(" / ".join(f"{100 * statistics.mean(x for f in found for x in f[i::size]):.1f}"
-                                    for i in range(size)) if found else "")
+            # Without the token at the end, where there is one.
+            found = [f[:answers] for f in found if len(f) in (answers, answers + 1)]
+            cells.append(" / ".join(figure(statistics.mean(x for f in found for x in f[i::size]))
+                                    for i in range(size)) if found else "–")
         rows.append([name] + cells)
     out.append(table(["attention"] + [f"{m:g}×" for m in marks], rows))
     return out
@@ -314,10 +321,13 @@ def section(recipe, variants, stopped=()):
 def text_table(recipe, variants):
     marks = multiples(next(iter(variants.values())))
     print(f"\n{recipe}: whole sequences right, % (mean over seeds, lowest–highest)")
-    print("  " + "attention".ljust(18) + "".join(f"{m:g}×".rjust(17) for m in marks))
+    rows = [["attention"] + [f"{m:g}×" for m in marks]]
     for name, results in variants.items():
-        print("  " + name.ljust(18) + "".join(
-            percent([at(r, m).get("exact_match") for r in results]).rjust(17) for m in marks))
+        rows.append([name] + [percent([at(r, m).get("exact_match") for r in results]) for m in marks])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *cells in rows:
+        print("  " + name.ljust(widths[0]) + "".join("  " + cell.rjust(width)
+                                                    for cell, width in zip(cells, widths[1:])))
     for line in findings(variants):
         print("  " + line)
 

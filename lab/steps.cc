@@ -28,15 +28,10 @@ class PlainStepper final : public Stepper {
       const at::Tensor leaf =
           state_->parameters.detach().to(compute, /*non_blocking=*/false, /*copy=*/true);
       leaf.set_requires_grad(true);
-      at::Tensor query_scale;
-      if (run_.training.lowest_query_scale < 1.0) {
-        query_scale = at::full({}, batch.query_scale, leaf.options().requires_grad(false));
-      }
       const at::Tensor loss =
           Loss(model_, leaf, AsTensor(batch.tokens, batch.rows, batch.tokens_per_row).to(device),
                AsTensor(batch.index, batch.rows, batch.targets_per_row).view({-1}).to(device),
-               AsTensor(batch.labels, batch.rows, batch.targets_per_row).view({-1}).to(device),
-               query_scale);
+               AsTensor(batch.labels, batch.rows, batch.targets_per_row).view({-1}).to(device));
       at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0].to(at::kFloat);
       model_.ClearZeroToken(gradient);
       StepResult result;
@@ -59,8 +54,8 @@ class PlainStepper final : public Stepper {
 }  // namespace
 
 at::Tensor Loss(const Model& model, const at::Tensor& parameters, const at::Tensor& tokens,
-                const at::Tensor& index, const at::Tensor& labels, const at::Tensor& query_scale) {
-  const at::Tensor logits = model.Forward(parameters, tokens, index, query_scale);
+                const at::Tensor& index, const at::Tensor& labels) {
+  const at::Tensor logits = model.Forward(parameters, tokens, index);
   return at::cross_entropy_loss(logits.to(at::kFloat), labels, {}, at::Reduction::Mean,
                                 Batch::kIgnored);
 }

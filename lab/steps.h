@@ -30,11 +30,9 @@ class Stepper {
   virtual int64_t preferred_count() const = 0;
 };
 
-// Mean cross entropy over the labels that are not padding. `parameters` is of the compute type;
-// query_scale as in Model::Forward.
+// Mean cross entropy over the labels that are not padding. `parameters` is of the compute type.
 at::Tensor Loss(const Model& model, const at::Tensor& parameters, const at::Tensor& tokens,
-                const at::Tensor& index, const at::Tensor& labels,
-                const at::Tensor& query_scale = {});
+                const at::Tensor& index, const at::Tensor& labels);
 
 // The state's tensors stay where they are and are updated in place; all arguments outlive the
 // result. On a GPU a step is captured as a graph.

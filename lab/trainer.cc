@@ -105,7 +105,6 @@ Expected<Session> Open(const RunConfig& run, const TrainingOptions& options) {
   session.state.first_moment = at::zeros_like(session.state.parameters);
   session.state.second_moment = at::zeros_like(session.state.parameters);
   if (run.training.precision == Precision::kBFloat16True) session.state.Round();
-  if (run.training.average > 0.0) session.state.average = session.state.parameters.clone();
   const std::string path = Join(options.folder, "checkpoint.safetensors");
   if (std::filesystem::exists(path)) {
     const Expected<int64_t> step = ReadCheckpoint(path, run, &session.state);
@@ -125,8 +124,7 @@ Status ClaimFolder(const RunConfig& run, const std::string& folder) {
 }
 
 at::Tensor ComputeParameters(const RunConfig& run, const TrainingState& state) {
-  const bool average = state.average.defined() && run.evaluation.average;
-  return (average ? state.average : state.parameters).to(ComputeType(run.training.precision));
+  return state.parameters.to(ComputeType(run.training.precision));
 }
 
 class Trainer {

@@ -26,8 +26,7 @@ struct Chunk {
   at::Tensor tokens;  // [steps, batch, tokens]
   at::Tensor index;   // [steps, batch·targets]
   at::Tensor labels;  // [steps, batch·targets]
-  at::Tensor rates;   // [steps, kRates] float32: StepRates
-  at::Tensor scales;  // [steps] float32: Batch::query_scale
+  at::Tensor rates;   // [steps, 4] float32: StepRates
 };
 
 class GraphStepper final : public Stepper {
@@ -107,8 +106,7 @@ class GraphStepper final : public Stepper {
     return {at::zeros({kChunkSteps, batch, tokens_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
             at::zeros({kChunkSteps, batch * targets_}, options.dtype(at::kLong)),
-            at::zeros({kChunkSteps, kRates}, options.dtype(at::kFloat)),
-            at::zeros({kChunkSteps}, options.dtype(at::kFloat))};
+            at::zeros({kChunkSteps, 4}, options.dtype(at::kFloat))};
   }
 
   // Makes the data of some steps; no call into CUDA, so that it may run beside a capture.
@@ -117,7 +115,6 @@ class GraphStepper final : public Stepper {
     int64_t* index = chunk->index.mutable_data_ptr<int64_t>();
     int64_t* labels = chunk->labels.mutable_data_ptr<int64_t>();
     float* rates = chunk->rates.mutable_data_ptr<float>();
-    float* scales = chunk->scales.mutable_data_ptr<float>();
     const int64_t batch_tokens = run_.training.batch * tokens_;
     const int64_t batch_targets = run_.training.batch * targets_;
     const auto make = [&](int64_t i) {
@@ -125,13 +122,11 @@ class GraphStepper final : public Stepper {
       std::copy(batch.tokens.begin(), batch.tokens.end(), tokens + i * batch_tokens);
       std::copy(batch.index.begin(), batch.index.end(), index + i * batch_targets);
       std::copy(batch.labels.begin(), batch.labels.end(), labels + i * batch_targets);
-      scales[i] = static_cast<float>(batch.query_scale);
       const StepRates step = RatesOfStep(run_.training, first + i);
-      const std::array<double, kRates> numbers = {step.rate, step.second, step.decay, step.muon,
-                                                  step.renewal};
-      for (int64_t n = 0; n < kRates; ++n) {
-        rates[kRates * i + n] = static_cast<float>(numbers[static_cast<size_t>(n)]);
-      }
+      rates[4 * i] = static_cast<float>(step.rate);
+      rates[4 * i + 1] = static_cast<float>(step.second);
+      rates[4 * i + 2] = static_cast<float>(step.decay);
+      rates[4 * i + 3] = static_cast<float>(step.muon);
     };
     const auto workers =
         static_cast<int64_t>(std::clamp(std::thread::hardware_concurrency(), 2u, 16u) - 1);
@@ -149,27 +144,18 @@ class GraphStepper final : public Stepper {
     device_.index.copy_(from.index, true);
     device_.labels.copy_(from.labels, true);
     device_.rates.copy_(from.rates, true);
-    device_.scales.copy_(from.scales, true);
   }
 
   // One step, reading row `counter_` of the chunk.
   void Step() {
     const at::Tensor tokens = device_.tokens.index_select(0, counter_)[0];
-    at::Tensor query_scale;
-    if (run_.training.lowest_query_scale < 1.0) {
-      query_scale = device_.scales.index_select(0, counter_)[0];
-    }
     const at::Tensor loss = Loss(model_, leaf_, tokens, device_.index.index_select(0, counter_)[0],
-                                 device_.labels.index_select(0, counter_)[0], query_scale);
+                                 device_.labels.index_select(0, counter_)[0]);
     const at::Tensor gradient = torch::autograd::grad({loss}, {leaf_})[0].contiguous();
     const at::NoGradGuard no_gradient;
     model_.ClearZeroToken(gradient);
     const at::Tensor norm = at::linalg_vector_norm(gradient, 2, {}, false, at::kFloat);
     Update(gradient, norm);
-    if (state_->average.defined()) {
-      const at::Tensor renewal = device_.rates.index_select(0, counter_)[0][4];
-      state_->average.lerp_(state_->parameters, renewal);
-    }
     results_.index_copy_(0, counter_, at::stack({loss.detach(), norm}).unsqueeze(0));
     counter_.add_(1);
   }
@@ -215,9 +201,8 @@ class GraphStepper final : public Stepper {
   // Libraries choose their algorithms and allocate in the first steps, which must not be part of
   // the graph, and must not train either.
   void Capture() {
-    const TrainingState before = {
-        state_->parameters.clone(), state_->first_moment.clone(), state_->second_moment.clone(),
-        state_->average.defined() ? state_->average.clone() : at::Tensor()};
+    const TrainingState before = {state_->parameters.clone(), state_->first_moment.clone(),
+                                  state_->second_moment.clone()};
     for (int i = 0; i < kWarmUpSteps; ++i) {
       counter_.zero_();
       Step();
@@ -227,7 +212,6 @@ class GraphStepper final : public Stepper {
       state_->parameters.copy_(before.parameters);
       state_->first_moment.copy_(before.first_moment);
       state_->second_moment.copy_(before.second_moment);
-      if (state_->average.defined()) state_->average.copy_(before.average);
       if (bfloat16_) leaf_.copy_(state_->parameters);
     };
     restore();

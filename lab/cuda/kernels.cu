@@ -309,7 +309,7 @@ __device__ float Rounded(float value) { return __bfloat162float(__float2bfloat16
 
 template <typename T>
 __global__ void AdamKernel(AdamCall a) {
-  const float* rates = a.rates + kRates * *a.step;
+  const float* rates = a.rates + 4 * *a.step;
   const float rate = rates[0], second = rates[1], decay = rates[2];
   const float norm = *a.norm;
   const float shrink = norm > a.clip ? a.clip / norm : 1.0f;

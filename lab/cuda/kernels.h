@@ -109,8 +109,6 @@ struct AdaptiveScaleCall {
 };
 cudaError_t Launch(const AdaptiveScaleCall& arguments, cudaStream_t stream);
 
-inline constexpr int64_t kRates = 5;  // numbers of StepRates
-
 // optimizer.h, one step; the numbers that change with the step are read on the device.
 struct AdamCall {
   float* parameters;
@@ -121,7 +119,7 @@ struct AdamCall {
   bool bfloat16;         // type of the gradient
   bool rounded;          // parameters and moments are rounded to bfloat16
   const float* norm;     // of the gradient
-  const float* rates;    // [steps, kRates]: rate, second, decay, and others that are not read
+  const float* rates;    // [steps, 4]: rate, second, decay, and one that is not read
   const int64_t* step;   // which row of `rates`
   float beta1, beta2, clip, epsilon;
   int64_t size;

@@ -15,9 +15,9 @@
 // values come from a part of the vocabulary whose first symbols are few, so that copying what
 // follows the same first symbol elsewhere is wrong more often than right; in `key_collisions` of
 // them all keys share their first or their last symbol with one of them, or with `crossed_keys` any
-// symbol at any place, and often one is another backwards. In long contexts many keys do, in short
-// ones by chance hardly any. Within the first `easy_steps` steps the share of `few_pairs` falls to
-// none and that of `key_collisions` rises from none.
+// symbol at any place; half of those whose word backwards is a key have that beside them. In long
+// contexts many keys do, in short ones by chance hardly any. Within the first `easy_steps` steps
+// the share of `few_pairs` falls to none and that of `key_collisions` rises from none.
 
 #include <algorithm>
 #include <array>
@@ -33,6 +33,7 @@ namespace {
 constexpr uint64_t kVocabularySeed = 20260101;
 constexpr int64_t kFewFirstSymbols = 4;
 constexpr int64_t kSimplePairs = 3;
+constexpr int64_t kNamedKeys = 3;
 
 class RecallTask final : public Task {
  public:
@@ -98,6 +99,31 @@ class RecallTask final : public Task {
           break;
         }
       }
+    }
+  }
+
+  // A wrong symbol of a value may be that of other keys, at the same place in their values.
+  void Explain(const Sample& sample, std::vector<WrongToken>* wrong) const override {
+    const std::vector<int32_t>& tokens = sample.tokens;
+    const auto end = std::find(tokens.begin(), tokens.end(), query());
+    for (WrongToken& token : *wrong) {
+      const int64_t symbol = token.place % (1 + options_.value_symbols);  // 0: the mark before it
+      if (symbol == 0 || token.place >= options_.queries * (1 + options_.value_symbols)) continue;
+      std::set<int32_t> there;
+      int64_t keys = 0;
+      for (auto mark = tokens.begin(); mark < end; ++mark) {
+        if (*mark != pair()) continue;
+        there.insert(mark[symbol]);
+        if (mark[symbol] != token.predicted || ++keys > kNamedKeys) continue;
+        token.source += token.source.empty() ? "of key" : ", of key";
+        for (auto at = mark - options_.key_symbols; at < mark; ++at) {
+          token.source += " " + std::to_string(*at);
+        }
+      }
+      if (keys > kNamedKeys) {
+        token.source += " and of " + std::to_string(keys - kNamedKeys) + " others";
+      }
+      token.chance = static_cast<double>(there.size()) / static_cast<double>(options_.symbols);
     }
   }
 

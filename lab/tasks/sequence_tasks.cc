@@ -4,10 +4,7 @@
 //
 // For training only, `few_symbols` of the samples of copy, reverse, sort and back are made of 2 to
 // a quarter of the symbols. What is told apart by its last two or three symbols in a short random
-// sequence is not in a long one; in a short sequence of few symbols it is not either. In `repeats`
-// of the others 1 to 8 parts of 2 to 5 symbols are copied to other places, as long sequences hold
-// such parts by chance: of 4,096 random symbols out of 32, about 250 parts of 3 and 8 of 4 stand
-// twice.
+// sequence is not in a long one; in a short sequence of few symbols it is not either.
 
 #include <algorithm>
 
@@ -73,9 +70,7 @@ class RandomSymbolsTask : public SequenceTask {
   Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const override {
     // No number is drawn where there is no choice: samples stay what they were.
     if (options_.few_symbols == 0.0 || !random.Chance(options_.few_symbols)) {
-      std::vector<int32_t> source = Source(length, random);
-      if (options_.repeats > 0.0 && random.Chance(options_.repeats)) Repeat(random, &source);
-      return Make(source);
+      return Generate(length, random);
     }
     const int64_t few = random.Integer(2, std::max<int64_t>(2, options_.symbols / 4));
     const std::vector<int32_t> symbols = random.Distinct(few, options_.symbols);
@@ -83,31 +78,45 @@ class RandomSymbolsTask : public SequenceTask {
     for (int32_t& symbol : source) symbol = symbols[static_cast<size_t>(random.Below(few))];
     return Make(source);
   }
+};
 
- private:
-  static constexpr int64_t kMostRepeats = 8;
-  static constexpr int64_t kShortestPart = 2, kLongestPart = 5;
+// Every symbol of the source, in an order that depends on their places only.
+class ReorderingTask : public RandomSymbolsTask {
+ public:
+  using RandomSymbolsTask::RandomSymbolsTask;
 
-  static void Repeat(Random& random, std::vector<int32_t>* source) {
-    const int64_t count = random.Integer(1, kMostRepeats);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t part = random.Integer(kShortestPart, kLongestPart);
-      const int64_t last = static_cast<int64_t>(source->size()) - part;  // where one can begin
-      if (last < 0) continue;
-      const int64_t from = random.Integer(0, last), to = random.Integer(0, last);
-      const std::vector<int32_t> copied(source->begin() + from, source->begin() + from + part);
-      std::copy(copied.begin(), copied.end(), source->begin() + to);
+  // What was said may be what follows elsewhere after the same symbols.
+  void Explain(const Sample& sample, std::vector<WrongToken>* wrong) const override {
+    const std::vector<int32_t> target = TargetOf(sample);
+    for (WrongToken& token : *wrong) {
+      int64_t longest = 0, where = -1;
+      for (int64_t at = 0; at < std::ssize(target); ++at) {
+        if (at == token.place || target[static_cast<size_t>(at)] != token.predicted) continue;
+        int64_t same = 0;
+        while (same < std::min(at, token.place) &&
+               target[static_cast<size_t>(at - 1 - same)] ==
+                   target[static_cast<size_t>(token.place - 1 - same)]) {
+          ++same;
+        }
+        if (same > longest) {
+          longest = same;
+          where = at;
+        }
+      }
+      if (where < 0) continue;
+      token.source = "as at place " + std::to_string(where) + ", where the " +
+                     std::to_string(longest) + " before are the same";
     }
   }
 };
 
-class CopyTask final : public RandomSymbolsTask {
-  using RandomSymbolsTask::RandomSymbolsTask;
+class CopyTask final : public ReorderingTask {
+  using ReorderingTask::ReorderingTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override { return source; }
 };
 
-class ReverseTask final : public RandomSymbolsTask {
-  using RandomSymbolsTask::RandomSymbolsTask;
+class ReverseTask final : public ReorderingTask {
+  using ReorderingTask::ReorderingTask;
   std::vector<int32_t> Rule(const std::vector<int32_t>& source) const override {
     return {source.rbegin(), source.rend()};
   }

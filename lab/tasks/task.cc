@@ -44,6 +44,10 @@ class EndedTask final : public Task {
   Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
     return Ended(task_->GenerateForTraining(length, step, random));
   }
+  // The token at the end is one more target, which the task takes for none of its own.
+  void Explain(const Sample& sample, std::vector<WrongToken>* wrong) const override {
+    task_->Explain(sample, wrong);
+  }
   void Solve(Sample& sample) const override {
     sample.tokens.pop_back();
     sample.target.pop_back();
@@ -68,6 +72,14 @@ std::vector<std::string> TaskNames() {
           "parity", "selective_copy", "induction", "flip_flop", "counting"};
 }
 
+std::vector<int32_t> TargetOf(const Sample& sample) {
+  std::vector<int32_t> target;
+  for (size_t i = 0; i < sample.tokens.size(); ++i) {
+    if (sample.target[i] != 0) target.push_back(sample.tokens[i]);
+  }
+  return target;
+}
+
 Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
   TaskOptions options = given;
   const int64_t symbols = DefaultSymbols(options.name);
@@ -87,7 +99,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckShare("read", options.read), CheckShare("few_pairs", options.few_pairs),
         CheckShare("collisions", options.collisions),
         CheckShare("key_collisions", options.key_collisions),
-        CheckShare("few_symbols", options.few_symbols), CheckShare("repeats", options.repeats),
+        CheckShare("few_symbols", options.few_symbols),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
         CheckRange("value_symbols", options.value_symbols, 1, 8),
         CheckRange("vocabulary", options.vocabulary, 2, 1 << 20),

@@ -25,6 +25,19 @@ struct Sample {
   std::vector<uint8_t> target;  // 1 where the token is to be predicted; never the first
 };
 
+// The tokens that are to be predicted.
+std::vector<int32_t> TargetOf(const Sample& sample);
+
+// A target token that was predicted wrongly.
+struct WrongToken {
+  int64_t place = 0;  // in the target
+  int32_t expected = 0;
+  int32_t predicted = 0;
+  std::string source;  // where in the sample the answer may come from; empty: nowhere
+  // The probability that a random token has a source; below 0 if the task tells no sources.
+  double chance = -1.0;
+};
+
 // The parameters of every task; each uses the few that its format names.
 struct TaskOptions {
   std::string name;
@@ -44,7 +57,6 @@ struct TaskOptions {
   bool crossed_keys = false;    // recall: they may share them at different places
   int64_t easy_steps = 0;       // recall: training steps in which samples become harder
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols
-  double repeats = 0.0;         // the same: share of the others in which parts stand twice
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
   bool repeat_queries = false;  // recall: queries are drawn with replacement
@@ -71,6 +83,8 @@ class Task {
   }
   // Overwrites the target tokens by what the rule makes of the others.
   virtual void Solve(Sample& sample) const = 0;
+  // Fills in the sources, and their chances, of tokens of the sample's target.
+  virtual void Explain(const Sample& /*sample*/, std::vector<WrongToken>* /*wrong*/) const {}
 };
 
 // Errors name the field of TaskOptions.

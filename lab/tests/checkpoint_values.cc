@@ -33,14 +33,4 @@ namespace flash_entmax::lab {
   return ::testing::AssertionSuccess();
 }
 
-std::vector<float> CheckpointTensor(const std::string& folder, const std::string& name) {
-  Expected<io::SafetensorsFile> file =
-      io::SafetensorsFile::Open(folder + "/checkpoint.safetensors");
-  if (!file.ok()) return {};
-  const Expected<TensorView> tensor = file->Tensor(name);
-  if (!tensor.ok() || tensor->dtype != DType::kFloat32) return {};
-  const auto* values = static_cast<const float*>(tensor->data);
-  return {values, values + tensor->num_elements()};
-}
-
 }  // namespace flash_entmax::lab

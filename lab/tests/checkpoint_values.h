@@ -6,16 +6,12 @@
 #include <gtest/gtest.h>
 
 #include <string>
-#include <vector>
 
 namespace flash_entmax::lab {
 
 // Whether all numbers of the run's checkpoint, parameters and moments, are bfloat16 and some of
 // each tensor are not zero.
 ::testing::AssertionResult KeepsBfloat16(const std::string& folder);
-
-// One tensor of it; empty if it is not there.
-std::vector<float> CheckpointTensor(const std::string& folder, const std::string& name);
 
 }  // namespace flash_entmax::lab
 

@@ -1,4 +1,4 @@
-// `flash-entmax train` and `eval` as a user calls them.
+// `flash-entmax train`, `eval` and `mistakes` as a user calls them.
 
 #include <gtest/gtest.h>
 
@@ -55,6 +55,13 @@ TEST_F(CommandsTest, TrainsEvaluatesAndKnowsWhatIsFinished) {
   document = RunForJson(Call("eval", {"--variant", "softmax"}));
   EXPECT_EQ(document["runs"][0]["result"], result);
   EXPECT_EQ(nlohmann::json::parse(ReadAll(result))["lengths"].size(), 2u);
+  // Six steps teach nothing: samples are wrong, and which tokens of them.
+  document = RunForJson({"mistakes", result});
+  ASSERT_EQ(document["lengths"].size(), 2u);
+  EXPECT_FALSE(document["lengths"][1]["samples"][0]["wrong"].empty());
+  const ProgramResult mistakes = RunProgram({"mistakes", result});
+  EXPECT_NE(mistakes.output.find("length 8 (2 x): "), std::string::npos) << mistakes.output;
+  EXPECT_NE(mistakes.output.find("  sample 0, place "), std::string::npos) << mistakes.output;
 
   // The other variant is trained and evaluated, this one left as it is.
   const ProgramResult all = RunProgram(Call("train"));
@@ -72,6 +79,8 @@ TEST_F(CommandsTest, TrainsEvaluatesAndKnowsWhatIsFinished) {
 
 TEST_F(CommandsTest, RejectsBadInput) {
   ExpectBadInput({"train"}, "recipe");
+  ExpectBadInput({"mistakes", folder_.File("none.json")}, "none.json");
+  ExpectBadInput({"mistakes", recipe_}, "must be a result.json");
   ExpectBadInput({"train", folder_.File("none.json")}, "none.json");
   ExpectBadInput(Call("train", {"--bogus"}), "not expected: --bogus");
   ExpectBadInput(Call("train", {"--set", "training.stepz=3"}), "training.stepz: got 3");

@@ -48,21 +48,16 @@ TEST(Config, RunsSurviveARoundTrip) {
   ASSERT_TRUE(testing::IsOk(again.status()));
   EXPECT_EQ(RunToJson(*again), text);
   // What is left out by default comes back too.
-  const Expected<Recipe> rare = ParseRecipe(
-      kRecipe, "test",
-      {"task.end=true", "task.crossed_keys=true", "task.easy_steps=500", "model.zero_token=1",
-       "training.precision=bfloat16_true", "training.average=0.9",
-       "training.lowest_query_scale=0.25", "evaluation.query_scale=2", "evaluation.average=false"});
+  const Expected<Recipe> rare =
+      ParseRecipe(kRecipe, "test",
+                  {"task.end=true", "task.crossed_keys=true", "task.easy_steps=500",
+                   "model.zero_token=1", "training.precision=bfloat16_true"});
   ASSERT_TRUE(testing::IsOk(rare.status()));
   const Expected<RunConfig> read = ParseRun(RunToJson(rare->runs[0]));
   ASSERT_TRUE(testing::IsOk(read.status()));
   EXPECT_TRUE(read->task.end);
   EXPECT_TRUE(read->task.crossed_keys);
   EXPECT_EQ(read->task.easy_steps, 500);
-  EXPECT_EQ(read->training.average, 0.9);
-  EXPECT_FALSE(read->evaluation.average);
-  EXPECT_EQ(read->training.lowest_query_scale, 0.25);
-  EXPECT_EQ(read->evaluation.query_scale, 2.0);
   EXPECT_EQ(read->model.zero_token, 1);
   EXPECT_EQ(read->training.precision, Precision::kBFloat16True);
 }
@@ -81,11 +76,6 @@ TEST(Config, BrokenRecipesAreRefused) {
   EXPECT_TRUE(testing::Rejects(status("model.zero_token=100000"), "model.zero_token"));
   EXPECT_TRUE(testing::Rejects(status("task.end=1"), "task.end"));
   EXPECT_TRUE(testing::Rejects(status("training.precision=bf16"), "training.precision"));
-  EXPECT_TRUE(testing::Rejects(status("training.average=1"), "training.average"));
-  EXPECT_TRUE(
-      testing::Rejects(status("training.lowest_query_scale=0"), "training.lowest_query_scale"));
-  EXPECT_TRUE(
-      testing::Rejects(status("training.lowest_query_scale=1.1"), "training.lowest_query_scale"));
   EXPECT_TRUE(testing::Rejects(status("task.easy_steps=-1"), "task.easy_steps"));
   EXPECT_TRUE(testing::Rejects(status("training.learning_rate=fast"), "training.learning_rate"));
   EXPECT_TRUE(testing::Rejects(status("training.min_length=100"), "training.min_length"));

@@ -232,25 +232,6 @@ TEST_F(CudaTrainingTest, KeepsItsStateInBfloat16) {
   EXPECT_TRUE(KeepsBfloat16(folder_.File("rounded-cuda")));
 }
 
-// The average, and the scales of the queries, too, from the first step on: what the captured graph
-// was warmed up with is not in it.
-TEST_F(CudaTrainingTest, AveragesAsTheCpuDoes) {
-  RunConfig run = SmallRun(AttentionKind::kAsentmax, Precision::kFloat32);
-  run.training.steps = 15;
-  run.training.average = 0.9;
-  run.training.lowest_query_scale = 0.5;
-  std::vector<at::Tensor> averages;
-  for (const char* device : {"cpu", "cuda"}) {
-    Losses(run, device, device);
-    const std::vector<float> values = CheckpointTensor(folder_.File(device), "average");
-    const std::vector<float> last = CheckpointTensor(folder_.File(device), "parameters");
-    ASSERT_FALSE(values.empty());
-    EXPECT_NE(values, last);
-    averages.push_back(at::tensor(values));
-  }
-  EXPECT_LE(RelativeError(averages[1], averages[0]), 1e-3);
-}
-
 TEST_F(CudaTrainingTest, GoesOnWhereItStopped) {
   const RunConfig run = SmallRun(AttentionKind::kEntmax, Precision::kBFloat16);
   const std::vector<double> whole = Losses(run, "cuda", "whole");

@@ -7,8 +7,6 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "optimizer.h"
@@ -62,8 +60,6 @@ TEST(Model, GradientsAgreeWithFiniteDifferences) {
       SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
       const Model model(SmallConfig(kind, positions), 11, at::kCPU, at::kFloat);
       const Problem problem = MakeProblem(random, 3, 9);
-      at::Tensor query_scale;
-      if (positions == Positions::kNape) query_scale = at::full({}, 0.4);
       at::Tensor leaf = model.Initialise(7);
       // A direction in the space of all parameters, and the slope along it.
       at::Tensor direction = at::zeros_like(leaf);
@@ -72,14 +68,13 @@ TEST(Model, GradientsAgreeWithFiniteDifferences) {
       }
       direction = direction / direction.norm();
       leaf.set_requires_grad(true);
-      const at::Tensor loss =
-          Loss(model, leaf, problem.tokens, problem.index, problem.labels, query_scale);
+      const at::Tensor loss = Loss(model, leaf, problem.tokens, problem.index, problem.labels);
       const at::Tensor gradient = torch::autograd::grad({loss}, {leaf})[0];
       const double slope = (gradient * direction).sum().item<double>();
       const at::NoGradGuard no_gradient;
       const auto value = [&](double step) {
         return Loss(model, leaf.detach() + step * direction, problem.tokens, problem.index,
-                    problem.labels, query_scale)
+                    problem.labels)
             .item<double>();
       };
       constexpr double kStep = 3e-3;
@@ -125,40 +120,9 @@ TEST(Model, AdaptiveScalerStartsWhereToldTo) {
     // NAPE of four heads: slopes 1, 1/2, none, none.
     EXPECT_TRUE(inputs.slopes.equal(at::tensor({1.0F, 0.5F, 0.0F, 0.0F})));
   };
-  model.Forward(model.Initialise(1), at::zeros({1, 5}, at::kLong), at::zeros({1}, at::kLong), {},
+  model.Forward(model.Initialise(1), at::zeros({1, 5}, at::kLong), at::zeros({1}, at::kLong),
                 observer);
   EXPECT_TRUE(seen);
-}
-
-// Only the queries, and only of heads without a fixed slope.
-TEST(Model, QueriesCanBeScaled) {
-  SCOPED_TRACE(testing::SeedMessage());
-  testing::Random random(22);
-  const at::NoGradGuard no_gradient;
-  for (const AttentionKind kind : kKinds) {
-    for (const Positions positions : kPositions) {
-      SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << NameOf(positions));
-      const ModelConfig config = SmallConfig(kind, positions);
-      const Model model(config, 11, at::kCPU, at::kFloat);
-      const at::Tensor parameters = model.Initialise(4) * 8.0;
-      const Problem problem = MakeProblem(random, 2, 9);
-      const auto output = [&](const at::Tensor& values, const at::Tensor& query_scale) {
-        return model.Forward(values, problem.tokens, problem.index, query_scale);
-      };
-      const at::Tensor scaled = output(parameters, at::full({}, 0.3));
-      const bool linear = kind == AttentionKind::kLinear || kind == AttentionKind::kSelectiveLinear;
-      const at::Tensor by_hand = parameters.clone();
-      const int64_t plain = positions == Positions::kNape ? config.width / 2 : 0;
-      for (int64_t layer = 0; layer < config.layers && !linear; ++layer) {
-        model.Find(by_hand, "layer" + std::to_string(layer) + ".qkv")
-            .narrow(1, plain, config.width - plain)
-            .mul_(0.3);
-      }
-      EXPECT_LE((scaled - output(by_hand, {})).abs().max().item<double>(), 4e-6);
-      const double change = (scaled - output(parameters, {})).abs().max().item<double>();
-      EXPECT_TRUE(linear ? change == 0.0 : change > 2e-5) << change;
-    }
-  }
 }
 
 TEST(Optimizer, FollowsTheFormula) {
@@ -181,31 +145,6 @@ TEST(Optimizer, FollowsTheFormula) {
   EXPECT_NEAR(state.parameters[1].item<double>(), -2.0 + 0.05 - 0.05, 1e-5);
   EXPECT_NEAR(state.first_moment[1].item<double>(), 0.4, 1e-6);
   EXPECT_NEAR(state.second_moment[0].item<double>(), 0.09, 1e-6);
-}
-
-// The average is that of its definition.
-TEST(Optimizer, AveragesTheParameters) {
-  TrainingConfig training;
-  training.average = 0.7;
-  training.warmup = 0;
-  training.learning_rate = 0.1;
-  const at::Tensor start = at::arange(5, at::kFloat);
-  TrainingState state{start.clone(), at::zeros({5}), at::zeros({5}), start.clone()};
-  std::vector<double> expected = {0, 1, 2, 3, 4};
-  for (int64_t step = 0; step < 60; ++step) {
-    OptimizerStep(training, step, {}, at::ones({5}) * (step % 3 == 0 ? -1.0 : 1.0), &state);
-    const double decay =
-        std::min(0.7, (2.0 + static_cast<double>(step)) / (11.0 + static_cast<double>(step)));
-    for (size_t i = 0; i < 5; ++i) {
-      const auto last = state.parameters[static_cast<int64_t>(i)].item<double>();
-      expected[i] = decay * expected[i] + (1.0 - decay) * last;
-    }
-  }
-  for (size_t i = 0; i < 5; ++i) {
-    EXPECT_NEAR(state.average[static_cast<int64_t>(i)].item<double>(), expected[i], 1e-5);
-    EXPECT_GT(std::abs(state.parameters[static_cast<int64_t>(i)].item<double>() - expected[i]),
-              1e-3);
-  }
 }
 
 // Every number that training keeps is a bfloat16, and small steps of large weights are lost.

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <set>
 
@@ -52,7 +51,6 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.key_collisions = 0.3;
     options.crossed_keys = name == "recall";
     options.few_symbols = 0.3;
-    options.repeats = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -201,8 +199,8 @@ TEST(Tasks, RecallSamplesBecomeHarder) {
       CheckSample(*task, 64, sample);
       std::vector<std::pair<int32_t, int32_t>> keys;
       for (size_t at = 2; at < sample.tokens.size(); ++at) {
-        if (sample.tokens[at] == 257)
-          keys.push_back({sample.tokens[at - 2], sample.tokens[at - 1]});
+        if (sample.tokens[at] != 257) continue;
+        keys.push_back({sample.tokens[at - 2], sample.tokens[at - 1]});
       }
       const auto like = [](const auto& one, const auto& other) {
         return one.first == other.first || one.second == other.second ||
@@ -230,40 +228,6 @@ TEST(Tasks, RecallSamplesBecomeHarder) {
   EXPECT_EQ(last.alike, 200);
   // 15 % of the keys are another one backwards; half of those that have one get it.
   EXPECT_GE(last.backwards, 4);
-}
-
-// Parts of three symbols that stand twice: hardly any in random sequences of 64, several where
-// parts are repeated.
-TEST(Tasks, TrainingSamplesCanRepeatParts) {
-  SCOPED_TRACE(testing::SeedMessage());
-  Random random(testing::TestSeed());
-  TaskOptions options;
-  options.repeats = 1.0;
-  for (const char* name : {"copy", "reverse"}) {
-    options.name = name;
-    const std::unique_ptr<Task> task = Make(options);
-    const auto repeated = [](const Sample& sample) {
-      std::set<std::array<int32_t, 3>> seen;
-      int64_t count = 0;
-      for (size_t i = 1; i + 2 <= 64; ++i) {
-        count += seen.insert({sample.tokens[i], sample.tokens[i + 1], sample.tokens[i + 2]}).second
-                     ? 0
-                     : 1;
-      }
-      return count;
-    };
-    int64_t trained = 0, evaluated = 0;
-    for (int i = 0; i < 200; ++i) {
-      const Sample sample = task->GenerateForTraining(64, 0, random);
-      CheckSample(*task, 64, sample);
-      trained += repeated(sample);
-      evaluated += repeated(task->Generate(64, random));
-    }
-    EXPECT_GT(trained, 600) << name;
-    EXPECT_LT(evaluated, 60) << name;
-    // Too short to repeat anything.
-    for (int i = 0; i < 20; ++i) CheckSample(*task, 3, task->GenerateForTraining(3, 0, random));
-  }
 }
 
 // Training samples have 2 to 8 of the 32 symbols, every number of them now and then; evaluation

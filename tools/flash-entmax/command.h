@@ -80,6 +80,7 @@ void AddInfoCommand(CLI::App& program, Context& context);
 void AddDemoCommand(CLI::App& program, Context& context);   // demo/, if it was built in.
 void AddTrainCommand(CLI::App& program, Context& context);  // lab/, if it was built in.
 void AddEvalCommand(CLI::App& program, Context& context);
+void AddMistakesCommand(CLI::App& program, Context& context);
 
 }  // namespace flash_entmax::cli
 

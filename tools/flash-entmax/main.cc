@@ -86,6 +86,7 @@ int Main(int argc, char** argv) {
 #ifdef FLASH_ENTMAX_HAS_LAB
   AddTrainCommand(program, context);
   AddEvalCommand(program, context);
+  AddMistakesCommand(program, context);
 #endif
   AddRunCommand(program, context);
   AddMapCommand(program, context);

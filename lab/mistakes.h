@@ -1,0 +1,39 @@
+// What a model answered wrongly, and where its answers come from: the samples that a result lists
+// are made again and looked at.
+
+#ifndef FLASH_ENTMAX_LAB_MISTAKES_H_
+#define FLASH_ENTMAX_LAB_MISTAKES_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "flash_entmax/status.h"
+#include "tasks/task.h"
+
+namespace flash_entmax::lab {
+
+struct ExplainedSample {
+  int64_t sample = 0;  // its number: batch.h, EvaluationSample
+  std::vector<WrongToken> wrong;
+};
+
+struct ExplainedLength {
+  double multiple = 1.0;
+  int64_t length = 0;
+  double exact_match = 0.0;
+  std::vector<ExplainedSample> samples;  // the first few that were wrong
+  // Over the wrong tokens whose task tells sources: how many have one, and how many random tokens
+  // would be expected to.
+  int64_t tokens = 0;
+  int64_t with_source = 0;
+  double by_chance = 0.0;
+};
+
+// `result`: the text of a result.json (evaluation.h, ResultsToJson). kInvalidArgument if it is no
+// such text, or if its samples are not those that its task makes.
+Expected<std::vector<ExplainedLength>> ExplainMistakes(const std::string& result);
+
+}  // namespace flash_entmax::lab
+
+#endif  // FLASH_ENTMAX_LAB_MISTAKES_H_
