@@ -315,8 +315,17 @@ CommandResult RunMistakes(const std::string& path, const Context& context) {
   Json document = Json::array();
   std::string lines;
   for (const lab::ExplainedLength& length : *lengths) {
-    lines += fmt::format("length {} ({:g} x): {:.1f} % of the samples right\n", length.length,
-                         length.multiple, 100 * length.exact_match);
+    lines += fmt::format("length {} ({:g} x): ", length.length, length.multiple);
+    if (!length.error.empty()) {
+      lines += length.error + "\n";
+      document.push_back(
+          {{"length", length.length}, {"multiple", length.multiple}, {"error", length.error}});
+      continue;
+    }
+    lines += fmt::format("{:.1f} % of the samples right{}\n", 100 * length.exact_match,
+                         length.exact_match < 1.0 && length.samples.empty()
+                             ? "; the result does not list the others"
+                             : "");
     Json samples = Json::array();
     for (const lab::ExplainedSample& sample : length.samples) {
       Json wrong = Json::array();
@@ -337,7 +346,8 @@ CommandResult RunMistakes(const std::string& path, const Context& context) {
                   {"samples", samples}};
     if (length.tokens > 0) {
       lines += fmt::format(
-          "  {} of {} wrong tokens stand elsewhere in the context; by chance {:.1f} would\n",
+          "  {} of {} wrong symbols are those of other keys, at the same place in their values; by "
+          "chance {:.1f} would be\n",
           length.with_source, length.tokens, length.by_chance);
       entry.update({{"tokens", length.tokens},
                     {"with_source", length.with_source},
@@ -407,8 +417,8 @@ void AddEvalCommand(CLI::App& program, Context& context) {
 void AddMistakesCommand(CLI::App& program, Context& context) {
   const auto path = std::make_shared<std::string>();
   CLI::App* command = AddCommand(program, context, "mistakes",
-                                 "Show what a trained model answered wrongly, and where in the "
-                                 "context its answers stand.",
+                                 "Show what a trained model answered wrongly, and what its answers "
+                                 "may come from.",
                                  [path, &context] { return RunMistakes(*path, context); });
   command->add_option("result", *path, "result.json of a run; it lists up to 20 samples a length")
       ->required();

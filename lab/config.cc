@@ -491,6 +491,18 @@ std::string RunToJson(const RunConfig& run) {
   return json.dump(2) + "\n";
 }
 
+Expected<std::unique_ptr<Task>> ParseTask(const std::string& text) {
+  const Json json = Json::parse(text, nullptr, false);
+  if (json.is_discarded()) {
+    return Status::InvalidArgument("task: got text that is no JSON; must be a task's options");
+  }
+  TaskOptions options;
+  Status status;
+  ReadTask(json, &options, &status);
+  if (!status.ok()) return status;
+  return MakeTask(options);
+}
+
 Expected<RunConfig> ParseRun(const std::string& text) {
   const Json json = Json::parse(text, nullptr, false);
   if (json.is_discarded()) {

@@ -12,6 +12,7 @@
 #define FLASH_ENTMAX_LAB_CONFIG_H_
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -118,6 +119,9 @@ Expected<Recipe> ParseRecipe(const std::string& text, const std::string& name_fo
 // Everything that a result depends on, as one JSON document. ParseRun reads it back.
 std::string RunToJson(const RunConfig& run);
 Expected<RunConfig> ParseRun(const std::string& text);
+
+// The task of a run, from the JSON object of its options alone.
+Expected<std::unique_ptr<Task>> ParseTask(const std::string& text);
 
 // 64-bit FNV-1a.
 uint64_t Checksum(const void* data, size_t bytes, uint64_t start = 0xCBF29CE484222325u);

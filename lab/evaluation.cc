@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "batch.h"
+#include "mistakes.h"
 
 namespace flash_entmax::lab {
 namespace {
@@ -16,8 +17,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kMostSlots = 64;
-// Of a length, and of a sample.
-constexpr size_t kMostMistakes = 20, kMostWrong = 20;
 
 at::Tensor AsTensor(const std::vector<int64_t>& values, std::vector<int64_t> shape) {
   return at::from_blob(const_cast<int64_t*>(values.data()), shape, at::kLong);
@@ -95,7 +94,7 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         ++slot_asked[static_cast<size_t>(slot)];
         right += hit ? 1 : 0;
         slot_right[static_cast<size_t>(slot)] += hit ? 1 : 0;
-        if (!hit && mistake.wrong.size() < kMostWrong)
+        if (!hit && mistake.wrong.size() < kMostWrongTokens)
           mistake.wrong.push_back({place, label, said});
         all = all && hit;
         ++place;

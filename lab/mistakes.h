@@ -1,9 +1,10 @@
-// What a model answered wrongly, and where its answers come from: the samples that a result lists
-// are made again and looked at.
+// What a model answered wrongly, and what its answers may come from: the samples that a result
+// lists are made again and looked at.
 
 #ifndef FLASH_ENTMAX_LAB_MISTAKES_H_
 #define FLASH_ENTMAX_LAB_MISTAKES_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -13,6 +14,9 @@
 
 namespace flash_entmax::lab {
 
+// A result lists at most so many samples of a length, and so many tokens of each.
+inline constexpr size_t kMostMistakes = 20, kMostWrongTokens = 20;
+
 struct ExplainedSample {
   int64_t sample = 0;  // its number: batch.h, EvaluationSample
   std::vector<WrongToken> wrong;
@@ -21,8 +25,9 @@ struct ExplainedSample {
 struct ExplainedLength {
   double multiple = 1.0;
   int64_t length = 0;
+  std::string error;  // not empty: why the length was not evaluated
   double exact_match = 0.0;
-  std::vector<ExplainedSample> samples;  // the first few that were wrong
+  std::vector<ExplainedSample> samples;  // as many of those that were wrong as the result lists
   // Over the wrong tokens whose task tells sources: how many have one, and how many random tokens
   // would be expected to.
   int64_t tokens = 0;

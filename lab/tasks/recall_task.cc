@@ -14,10 +14,11 @@
 // For training only, `few_pairs` of the samples hold 1 to 3 pairs; in `collisions` of them the
 // values come from a part of the vocabulary whose first symbols are few, so that copying what
 // follows the same first symbol elsewhere is wrong more often than right; in `key_collisions` of
-// them all keys share their first or their last symbol with one of them, or with `crossed_keys` any
-// symbol at any place; half of those whose word backwards is a key have that beside them. In long
-// contexts many keys do, in short ones by chance hardly any. Within the first `easy_steps` steps
-// the share of `few_pairs` falls to none and that of `key_collisions` rises from none.
+// them all keys share their first or their last symbol with one of them. With `crossed_keys` they
+// may share it at the other place too, and if that one backwards is a key it is there in half of
+// those samples. In long contexts many keys are alike, in short ones by chance hardly any. Within
+// the first `easy_steps` steps the share of `few_pairs` falls to none and that of `key_collisions`
+// rises from none.
 
 #include <algorithm>
 #include <array>
@@ -123,7 +124,9 @@ class RecallTask final : public Task {
       if (keys > kNamedKeys) {
         token.source += " and of " + std::to_string(keys - kNamedKeys) + " others";
       }
-      token.chance = static_cast<double>(there.size()) / static_cast<double>(options_.symbols);
+      // The right one is among them.
+      token.chance =
+          static_cast<double>(there.size() - 1) / static_cast<double>(options_.symbols - 1);
     }
   }
 
@@ -168,22 +171,26 @@ class RecallTask final : public Task {
     return static_cast<size_t>(key[static_cast<size_t>(options_.key_symbols - 1)]);
   }
 
-  // A key and others that begin or end as it does, in random order; empty if there are too few.
+  // A key and others that begin or end as it does, or with crossed_keys as it ends or begins; empty
+  // if there are too few. The order is random, but for the key backwards: it is often the second.
   std::vector<int32_t> KeysAlike(int64_t pairs, Random& random) const {
     const auto chosen = static_cast<int32_t>(random.Below(options_.vocabulary));
     const Word& word = keys_[static_cast<size_t>(chosen)];
     std::vector<int32_t> pool = {chosen};
     const size_t first = FirstSymbol(word), last = LastSymbol(word);
-    const auto add = [&](const std::vector<int32_t>& others) {
+    // Those that none of the lists before holds.
+    const auto add = [&](const std::vector<int32_t>& others, const auto& is_there) {
       for (const int32_t other : others) {
-        if (std::find(pool.begin(), pool.end(), other) == pool.end()) pool.push_back(other);
+        if (other != chosen && !is_there(keys_[static_cast<size_t>(other)])) pool.push_back(other);
       }
     };
-    add(by_first_[first]);
-    add(by_last_[last]);
+    const auto begins = [&](const Word& key) { return FirstSymbol(key) == first; };
+    const auto alike = [&](const Word& key) { return begins(key) || LastSymbol(key) == last; };
+    add(by_first_[first], [](const Word&) { return false; });
+    add(by_last_[last], begins);
     if (options_.crossed_keys) {
-      add(by_first_[last]);
-      add(by_last_[first]);
+      add(by_first_[last], alike);
+      add(by_last_[first], [&](const Word& key) { return alike(key) || FirstSymbol(key) == last; });
     }
     if (static_cast<int64_t>(pool.size()) < pairs) return {};
     // The chosen one among them: it is the one that all others are like.

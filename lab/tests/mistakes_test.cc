@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -87,33 +88,95 @@ TEST(Mistakes, RecallNamesTheKeysAWrongSymbolBelongsTo) {
   }
 }
 
+// Three keys by name, the others by number.
+TEST(Mistakes, RecallCountsTheOtherKeys) {
+  const Sample sample = Make("recall", false, 4096, 1);
+  std::vector<int32_t> target = TargetOf(sample), predicted = target;
+  // The symbol that most of the 546 values begin with.
+  std::map<int32_t, std::vector<std::string>> keys_of;
+  for (size_t i = 0; sample.tokens[i] != 258; ++i) {
+    if (sample.tokens[i] != 257 || sample.tokens[i + 1] == target[1]) continue;
+    keys_of[sample.tokens[i + 1]].push_back("of key " + std::to_string(sample.tokens[i - 2]) + " " +
+                                            std::to_string(sample.tokens[i - 1]));
+  }
+  const auto most = std::max_element(
+      keys_of.begin(), keys_of.end(),
+      [](const auto& one, const auto& other) { return one.second.size() < other.second.size(); });
+  const std::vector<std::string>& keys = most->second;
+  ASSERT_GT(keys.size(), 4u);
+  predicted[1] = most->first;
+  const auto explained =
+      ExplainMistakes(Result({{"name", "recall"}}, 4096, 1, target, predicted).dump());
+  ASSERT_TRUE(testing::IsOk(explained.status()));
+  EXPECT_EQ(explained->front().samples[0].wrong[0].source,
+            keys[0] + ", " + keys[1] + ", " + keys[2] + " and of " +
+                std::to_string(keys.size() - 3) + " others");
+}
+
+// The settings of a run do not matter, and neither do long words.
+TEST(Mistakes, TasksOfLongWords) {
+  TaskOptions options;
+  options.name = "recall";
+  options.key_symbols = options.value_symbols = 8;
+  const Sample sample = EvaluationSample(**MakeTask(options), 90, 2);
+  const std::vector<int32_t> target = TargetOf(sample);
+  std::vector<int32_t> predicted = target;
+  predicted[8] = (target[8] + 1) % 256;
+  const Json task = {{"name", "recall"}, {"key_symbols", 8}, {"value_symbols", 8}};
+  const auto explained = ExplainMistakes(Result(task, 90, 2, target, predicted).dump());
+  ASSERT_TRUE(testing::IsOk(explained.status()));
+  EXPECT_EQ(explained->front().samples[0].wrong[0].place, 8);
+  // 4 pairs; the right symbol counts for none.
+  EXPECT_NEAR(explained->front().by_chance, 3.0 / 255.0, 1e-9);
+}
+
+TEST(Mistakes, LengthsThatWereNotEvaluatedSayWhy) {
+  Json result = {{"run", {{"task", {{"name", "copy"}}}}},
+                 {"lengths",
+                  {{{"multiple", 2}, {"length", 8}, {"error", "out of memory"}},
+                   {{"multiple", 1}, {"length", 4}, {"exact_match", 0.5}}}}};
+  const auto explained = ExplainMistakes(result.dump());
+  ASSERT_TRUE(testing::IsOk(explained.status()));
+  EXPECT_EQ((*explained)[0].error, "out of memory");
+  EXPECT_EQ((*explained)[1].error, "");
+  EXPECT_EQ((*explained)[1].exact_match, 0.5);
+  EXPECT_TRUE((*explained)[1].samples.empty());
+}
+
 TEST(Mistakes, CopyNamesThePlaceThatLooksTheSame) {
   for (const char* name : {"copy", "reverse"}) {
     const Sample sample = Make(name, true, 200, 0);
     const std::vector<int32_t> target = TargetOf(sample);
-    // Two places after the same symbol that go on differently: there are some among 200.
-    int64_t place = -1, other = -1;
-    for (int64_t i = 2; i < 100 && place < 0; ++i) {
-      for (int64_t j = i + 1; j < 200 && place < 0; ++j) {
-        const auto at = [&](int64_t k) { return target[static_cast<size_t>(k)]; };
-        if (at(i - 1) == at(j - 1) && at(i - 2) == at(j - 2) && at(i) != at(j)) {
-          place = i;
-          other = j;
-        }
-      }
-    }
-    ASSERT_GE(place, 0);
+    // Some other symbol at every tenth place.
     std::vector<int32_t> predicted = target;
-    predicted[static_cast<size_t>(place)] = target[static_cast<size_t>(other)];
+    for (size_t place = 10; place < 200; place += 10) predicted[place] = (target[place] + 1) % 32;
     predicted[200] = 1;  // the end
     const Json task = {{"name", name}, {"end", true}};
     const auto explained = ExplainMistakes(Result(task, 200, 0, target, predicted).dump());
     ASSERT_TRUE(testing::IsOk(explained.status()));
     const ExplainedLength& length = explained->front();
-    ASSERT_EQ(length.samples[0].wrong.size(), 2u);
-    EXPECT_EQ(length.samples[0].wrong[0].place, place);
-    EXPECT_NE(length.samples[0].wrong[0].source.find("as at place "), std::string::npos);
-    EXPECT_NE(length.samples[0].wrong[0].source.find("before are the same"), std::string::npos);
+    ASSERT_EQ(length.samples[0].wrong.size(), 20u);
+    int64_t named = 0;
+    for (const WrongToken& wrong : length.samples[0].wrong) {
+      // By brute force: the most symbols that are the same before this place and another one that
+      // goes on with what was said.
+      std::string source;
+      int64_t longest = 0;
+      for (int64_t at = 0; at < 201; ++at) {
+        if (at == wrong.place || target[static_cast<size_t>(at)] != wrong.predicted) continue;
+        for (int64_t same = 1; same <= std::min(at, wrong.place); ++same) {
+          const bool equal = std::equal(target.begin() + at - same, target.begin() + at,
+                                        target.begin() + wrong.place - same);
+          if (!equal || same <= longest) continue;
+          longest = same;
+          source = "as at place " + std::to_string(at) + ", where the " + std::to_string(same) +
+                   " before are the same";
+        }
+      }
+      named += source.empty() ? 0 : 1;
+      EXPECT_EQ(wrong.source, source) << name << " place " << wrong.place;
+    }
+    EXPECT_GE(named, 2);
     EXPECT_EQ(length.tokens, 0);  // no chances are told
   }
 }
@@ -151,19 +214,47 @@ TEST(Mistakes, RefusesWhatIsNoResult) {
   EXPECT_TRUE(rejects(Result(task, 64, 6, target, said)));    // another sample
   EXPECT_TRUE(rejects(Result(task, 64, 5, target, target)));  // nothing is wrong
   Json bad = good;
-  for (const Json& wrong : {Json("none"), Json{{1, 2}}, Json{{100, 1, 2}}, Json{{-1, 1, 2}},
-                            Json{{1, "a", 2}}, Json::array()}) {
+  const int32_t right = target[1], other = said[1];
+  const int64_t end = std::ssize(target);
+  for (const Json& wrong :
+       {Json("none"), Json::object(), Json::array(), Json{{1, right}}, Json{{1, right, right}},
+        Json{{1, "a", other}}, Json{{1.5, right, other}}, Json{{-1, right, other}},
+        Json{{end, right, other}}, Json{{1e300, right, other}}, Json{{1, right, -1}},
+        Json{{1, right, 261}}, Json{{1, right, true}}, Json{{1, right + (int64_t{1} << 32), other}},
+        Json{{1, right, other}, {1, right, other}}}) {
     bad["lengths"][0]["mistakes"][0]["wrong"] = wrong;
     EXPECT_TRUE(rejects(bad)) << wrong;
   }
   bad["lengths"][0]["mistakes"][0] = 5;
   EXPECT_TRUE(rejects(bad));
+  bad["lengths"][0]["mistakes"] = Json::object();
+  EXPECT_TRUE(rejects(bad));
+  bad["lengths"][0]["mistakes"] = Json::array();
+  for (int i = 0; i < 21; ++i) {
+    bad["lengths"][0]["mistakes"][static_cast<size_t>(i)] = good["lengths"][0]["mistakes"][0];
+    if (i == 0) continue;
+    EXPECT_EQ(ExplainMistakes(bad.dump()).ok(), i < 20) << i;
+  }
   bad = good;
   bad["lengths"][0]["length"] = "long";
+  EXPECT_TRUE(rejects(bad));
+  for (const Json& length : {Json(1e300), Json(10.7), Json(int64_t{1} << 40)}) {
+    bad["lengths"][0]["length"] = length;
+    EXPECT_TRUE(rejects(bad)) << length;
+  }
+  bad = good;
+  bad["lengths"][0]["exact_match"] = "all";
   EXPECT_TRUE(rejects(bad));
   bad = good;
   bad["lengths"][0] = 7;
   EXPECT_TRUE(rejects(bad));
+  // Where such lists are copied, each level takes a piece of the stack.
+  const std::string deep = std::string(500000, '[');
+  EXPECT_TRUE(testing::Rejects(ExplainMistakes(deep).status(), "result"));
+  EXPECT_TRUE(testing::Rejects(
+      ExplainMistakes(R"({"lengths":[],"run":{"task":)" + deep + std::string(500000, ']') + "}}")
+          .status(),
+      "result"));
 }
 
 }  // namespace

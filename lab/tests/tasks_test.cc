@@ -178,56 +178,109 @@ TEST(Tasks, RecallKeysCanCollide) {
   for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, 0, random));
 }
 
-// Samples become harder: first those of few pairs and no keys alike, in the end the opposite.
-TEST(Tasks, RecallSamplesBecomeHarder) {
+using Key = std::pair<int32_t, int32_t>;
+
+// The keys of a context: what stands before `pair`.
+std::vector<Key> Keys(const Sample& sample) {
+  std::vector<Key> keys;
+  for (size_t i = 2; i < sample.tokens.size(); ++i) {
+    if (sample.tokens[i] == 257) keys.push_back({sample.tokens[i - 2], sample.tokens[i - 1]});
+  }
+  return keys;
+}
+
+// With crossed_keys one key shares a symbol with every other, at the same place or at the other
+// one, and now and then stands there backwards too.
+TEST(Tasks, RecallKeysCanCollideCrosswise) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(testing::TestSeed());
   TaskOptions options;
   options.name = "recall";
-  options.few_pairs = 1.0;
   options.key_collisions = 1.0;
   options.crossed_keys = true;
-  options.easy_steps = 1000;
   const std::unique_ptr<Task> task = Make(options);
-  struct Seen {
-    int64_t few = 0, alike = 0, backwards = 0;
-  };
+  // By how a key is like the one that all are like: in order the four lists it may come from.
+  int64_t first = 0, last = 0, first_is_last = 0, last_is_first = 0, backwards = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const Sample sample = task->GenerateForTraining(64, 0, random);
+    CheckSample(*task, 64, sample);
+    const std::vector<Key> keys = Keys(sample);
+    EXPECT_EQ(std::set<Key>(keys.begin(), keys.end()).size(), keys.size());
+    const auto like = [](const Key& one, const Key& other) {
+      return one.first == other.first || one.second == other.second || one.first == other.second ||
+             one.second == other.first;
+    };
+    const auto center = std::find_if(keys.begin(), keys.end(), [&](const Key& one) {
+      return std::all_of(keys.begin(), keys.end(),
+                         [&](const Key& other) { return like(one, other); });
+    });
+    ASSERT_NE(center, keys.end());
+    for (const Key& key : keys) {
+      if (key == *center) continue;
+      first += key.first == center->first ? 1 : 0;
+      last += key.second == center->second ? 1 : 0;
+      first_is_last += key.first == center->second && key.second != center->first ? 1 : 0;
+      last_is_first += key.second == center->first && key.first != center->second ? 1 : 0;
+    }
+    backwards += std::any_of(keys.begin(), keys.end(),
+                             [&](const Key& key) {
+                               return key.first != key.second &&
+                                      std::find(keys.begin(), keys.end(),
+                                                Key(key.second, key.first)) != keys.end();
+                             })
+                     ? 1
+                     : 0;
+  }
+  // Seven other keys a sample, from four lists of about the same length.
+  for (const int64_t count : {first, last, first_is_last, last_is_first}) {
+    EXPECT_NEAR(static_cast<double>(count), 1750.0, 250.0);
+  }
+  // 15 % of the words are keys backwards, and half of those are there; by chance 1 to 2 % are.
+  EXPECT_NEAR(static_cast<double>(backwards), 85.0, 40.0);
+}
+
+// Samples become harder: first those of few pairs and no keys alike, in the end the opposite.
+// Through a batch, since the step has to reach the task there, behind the token at the end.
+TEST(Tasks, RecallSamplesBecomeHarder) {
+  SCOPED_TRACE(testing::SeedMessage());
+  RunConfig run;
+  run.seed = testing::TestSeed();
+  run.task.name = "recall";
+  run.task.end = true;
+  run.task.few_pairs = 1.0;
+  run.task.key_collisions = 1.0;
+  run.task.easy_steps = 1000;
+  run.training.batch = 200;
+  run.training.min_length = run.training.max_length = 64;
+  const std::unique_ptr<Task> task = Make(run.task);
   const auto count = [&](int64_t step) {
-    Seen seen;
-    for (int i = 0; i < 200; ++i) {
-      const Sample sample = task->GenerateForTraining(64, step, random);
-      CheckSample(*task, 64, sample);
-      std::vector<std::pair<int32_t, int32_t>> keys;
-      for (size_t at = 2; at < sample.tokens.size(); ++at) {
-        if (sample.tokens[at] != 257) continue;
-        keys.push_back({sample.tokens[at - 2], sample.tokens[at - 1]});
-      }
-      const auto like = [](const auto& one, const auto& other) {
-        return one.first == other.first || one.second == other.second ||
-               one.first == other.second || one.second == other.first;
-      };
-      const auto contains = [&](const std::pair<int32_t, int32_t>& key) {
-        return std::find(keys.begin(), keys.end(), key) != keys.end();
-      };
-      seen.few += keys.size() <= 3 ? 1 : 0;
-      seen.alike += std::any_of(keys.begin(), keys.end(), [&](const auto& one) {
-        return std::all_of(keys.begin(), keys.end(),
-                           [&](const auto& other) { return like(one, other); });
-      });
-      seen.backwards += std::any_of(keys.begin(), keys.end(), [&](const auto& key) {
-        return key.first != key.second && contains({key.second, key.first});
-      });
+    const Batch batch = TrainingBatch(*task, run, step, false);
+    std::pair<int64_t, int64_t> seen;  // samples of few pairs, samples of keys alike
+    for (int64_t row = 0; row < batch.rows; ++row) {
+      Sample sample;
+      const auto start = batch.tokens.begin() + row * batch.tokens_per_row;
+      sample.tokens.assign(start, start + batch.tokens_per_row);
+      const std::vector<Key> keys = Keys(sample);
+      seen.first += keys.size() <= 3 ? 1 : 0;
+      seen.second +=
+          std::any_of(keys.begin(), keys.end(),
+                      [&](const Key& one) {
+                        return std::all_of(keys.begin(), keys.end(), [&](const Key& other) {
+                          return one.first == other.first || one.second == other.second;
+                        });
+                      })
+              ? 1
+              : 0;
     }
     return seen;
   };
-  const Seen first = count(0), middle = count(500), last = count(5000);
-  EXPECT_EQ(first.few, 200);
-  EXPECT_LE(first.backwards, 2);
-  EXPECT_NEAR(static_cast<double>(middle.few), 100.0, 40.0);
-  EXPECT_EQ(last.few, 0);
-  EXPECT_EQ(last.alike, 200);
-  // 15 % of the keys are another one backwards; half of those that have one get it.
-  EXPECT_GE(last.backwards, 4);
+  const auto [few_first, alike_first] = count(0);
+  EXPECT_EQ(few_first, 200);
+  EXPECT_LE(alike_first, 90);  // those of one pair, and by chance
+  EXPECT_NEAR(static_cast<double>(count(500).first), 100.0, 40.0);
+  const auto [few_last, alike_last] = count(5000);
+  EXPECT_EQ(few_last, 0);
+  EXPECT_EQ(alike_last, 200);
 }
 
 // Training samples have 2 to 8 of the 32 symbols, every number of them now and then; evaluation

@@ -2,7 +2,8 @@
 
     python3 tests/gpu/sanitized.py LIBRARY GROUP
 
-Ends with 3 where the group's kernels are not in the build or not for the device.
+Ends with 3 where the group's kernels are not in the build or not for the device. The group `faulty`
+reads memory that has been given back.
 """
 
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from cases import make, run
-from engine import Library
+from engine import Attention, Library
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -31,7 +32,7 @@ def short():
 
 
 def general():
-    """Its tiled kernels: every type, heads that are not a power of two, alpha that is neither."""
+    """Its tiled kernels: every type, a head of 40, an alpha between 1.5 and 1."""
     for dtype, size in ((BF16, 128), (FP16, 256), (FP32, 64), (BF16, 40)):
         yield make(queries=150, keys=210, size=size, dtype=dtype, causal=True)
     yield make(queries=610, size=64, alpha=1.3, softcap=5.0)
@@ -51,8 +52,21 @@ GROUPS = {"short": (short, "general"), "general": (general, "general"),
           "screening": (screening, "screening")}
 
 
+def faulty(library):
+    """What shows that the tool would notice, if PyTorch keeps no memory for later (see the test)."""
+    call = make(queries=64, size=32)
+    settings = {k: v for k, v in call.items() if k != "output_gradient"}
+    attention = Attention(library, **settings, engine="general", save=False)
+    call["value"].untyped_storage().resize_(0)
+    attention.forward()
+    torch.cuda.synchronize()
+
+
 def main(path, group):
     library = Library(path)
+    if group == "faulty":
+        faulty(library)
+        return 0
     calls, engine = GROUPS[group]
     count = 0
     for call in calls():
