@@ -310,8 +310,9 @@ CommandResult RunMistakes(const std::string& path, const Context& context) {
   const Expected<std::string> text = lab::ReadFile(path);
   if (!text.ok()) return text.status();
   const Expected<std::vector<lab::ExplainedLength>> lengths = lab::ExplainMistakes(*text);
-  if (!lengths.ok())
+  if (!lengths.ok()) {
     return Status(lengths.status().code(), path + ": " + lengths.status().message());
+  }
   Json document = Json::array();
   std::string lines;
   for (const lab::ExplainedLength& length : *lengths) {
@@ -327,7 +328,7 @@ CommandResult RunMistakes(const std::string& path, const Context& context) {
                              ? "; the result does not list the others"
                              : "");
     Json samples = Json::array();
-    for (const lab::ExplainedSample& sample : length.samples) {
+    for (const lab::Mistake& sample : length.samples) {
       Json wrong = Json::array();
       for (const lab::WrongToken& token : sample.wrong) {
         lines += fmt::format("  sample {}, place {}: {}, not {}{}\n", sample.sample, token.place,

@@ -9,7 +9,6 @@
 
 #include "attention.h"
 #include "batch.h"
-#include "mistakes.h"
 
 namespace flash_entmax::lab {
 namespace {
@@ -94,8 +93,10 @@ void EvaluateSamples(const Task& task, const RunConfig& run, const Model& model,
         ++slot_asked[static_cast<size_t>(slot)];
         right += hit ? 1 : 0;
         slot_right[static_cast<size_t>(slot)] += hit ? 1 : 0;
-        if (!hit && mistake.wrong.size() < kMostWrongTokens)
-          mistake.wrong.push_back({place, label, said});
+        if (!hit && mistake.wrong.size() < kMostWrongTokens) {
+          mistake.wrong.push_back(
+              {place, static_cast<int32_t>(label), static_cast<int32_t>(said), {}, -1.0});
+        }
         all = all && hit;
         ++place;
       }
@@ -163,7 +164,7 @@ std::string ResultsToJson(const RunConfig& run, const std::vector<LengthResult>&
     Json mistakes = Json::array();
     for (const Mistake& mistake : result.mistakes) {
       Json wrong = Json::array();
-      for (const Mistake::Token& token : mistake.wrong) {
+      for (const WrongToken& token : mistake.wrong) {
         wrong.push_back({token.place, token.expected, token.predicted});
       }
       mistakes.push_back({{"sample", mistake.sample}, {"wrong", std::move(wrong)}});

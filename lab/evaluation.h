@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "config.h"
+#include "mistakes.h"
 #include "model.h"
 
 namespace flash_entmax::lab {
@@ -20,18 +21,6 @@ struct HeadStatistics {
   double support = 0.0;  // keys with a positive probability
   double entropy = 0.0;  // in nats
   double largest = 0.0;  // the largest probability
-};
-
-// A sample whose target is not all right; which one says how to make it again (batch.h,
-// EvaluationSample).
-struct Mistake {
-  struct Token {
-    int64_t place = 0;  // in the target
-    int64_t expected = 0;
-    int64_t predicted = 0;  // after the true tokens before it
-  };
-  int64_t sample = 0;
-  std::vector<Token> wrong;  // the first few
 };
 
 struct LengthResult {

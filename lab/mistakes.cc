@@ -81,7 +81,7 @@ std::vector<WrongToken> WrongTokens(const Task& task, const Json& list, const Sa
 }
 
 Status ExplainSample(const Task& task, const Json& mistake, ExplainedLength* explained) {
-  ExplainedSample result;
+  Mistake result;
   const Json* wrong = Member(mistake, "wrong");
   if (!ReadWhole(Member(mistake, "sample"), 0, kLongest, &result.sample) ||
       !IsList(wrong, kMostWrongTokens)) {

@@ -17,7 +17,8 @@ namespace flash_entmax::lab {
 // A result lists at most so many samples of a length, and so many tokens of each.
 inline constexpr size_t kMostMistakes = 20, kMostWrongTokens = 20;
 
-struct ExplainedSample {
+// A sample whose target is not all right; each token was predicted after the true ones before it.
+struct Mistake {
   int64_t sample = 0;  // its number: batch.h, EvaluationSample
   std::vector<WrongToken> wrong;
 };
@@ -27,7 +28,7 @@ struct ExplainedLength {
   int64_t length = 0;
   std::string error;  // not empty: why the length was not evaluated
   double exact_match = 0.0;
-  std::vector<ExplainedSample> samples;  // as many of those that were wrong as the result lists
+  std::vector<Mistake> samples;  // as many of those that were wrong as the result lists
   // Over the wrong tokens whose task tells sources: how many have one, and how many random tokens
   // would be expected to.
   int64_t tokens = 0;

@@ -143,41 +143,6 @@ TEST(Tasks, RecallAsPublished) {
   EXPECT_GT(repeated, 30);
 }
 
-// All keys of such a sample share their first or last symbol with one of them, and evaluation never
-// sees such samples.
-TEST(Tasks, RecallKeysCanCollide) {
-  SCOPED_TRACE(testing::SeedMessage());
-  Random random(testing::TestSeed());
-  TaskOptions options;
-  options.name = "recall";
-  options.key_collisions = 1.0;
-  const std::unique_ptr<Task> task = Make(options);
-  const auto share = [](const Sample& sample) {
-    std::vector<std::pair<int32_t, int32_t>> keys;
-    for (size_t i = 2; i < sample.tokens.size(); ++i) {
-      if (sample.tokens[i] == 257) keys.push_back({sample.tokens[i - 2], sample.tokens[i - 1]});
-    }
-    return std::any_of(keys.begin(), keys.end(), [&](const auto& one) {
-      return std::all_of(keys.begin(), keys.end(), [&](const auto& other) {
-        return one.first == other.first || one.second == other.second;
-      });
-    });
-  };
-  int by_chance = 0;
-  for (int i = 0; i < 100; ++i) {
-    const Sample sample = task->GenerateForTraining(64, 0, random);
-    CheckSample(*task, 64, sample);
-    ASSERT_TRUE(share(sample));
-    by_chance += share(task->Generate(64, random)) ? 1 : 0;
-  }
-  EXPECT_EQ(by_chance, 0);
-  // Too few words to choose from: samples are made all the same.
-  options.key_symbols = 1;
-  options.vocabulary = 100;
-  const std::unique_ptr<Task> single = Make(options);
-  for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, 0, random));
-}
-
 using Key = std::pair<int32_t, int32_t>;
 
 // The keys of a context: what stands before `pair`.
@@ -187,6 +152,39 @@ std::vector<Key> Keys(const Sample& sample) {
     if (sample.tokens[i] == 257) keys.push_back({sample.tokens[i - 2], sample.tokens[i - 1]});
   }
   return keys;
+}
+
+// Whether all of them share their first or their last symbol with one of them.
+bool AreAlike(const std::vector<Key>& keys) {
+  return std::any_of(keys.begin(), keys.end(), [&](const Key& one) {
+    return std::all_of(keys.begin(), keys.end(), [&](const Key& other) {
+      return one.first == other.first || one.second == other.second;
+    });
+  });
+}
+
+// All keys of such a sample share their first or last symbol with one of them, and evaluation never
+// sees such samples.
+TEST(Tasks, RecallKeysCanCollide) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "recall";
+  options.key_collisions = 1.0;
+  const std::unique_ptr<Task> task = Make(options);
+  int by_chance = 0;
+  for (int i = 0; i < 100; ++i) {
+    const Sample sample = task->GenerateForTraining(64, 0, random);
+    CheckSample(*task, 64, sample);
+    ASSERT_TRUE(AreAlike(Keys(sample)));
+    by_chance += AreAlike(Keys(task->Generate(64, random))) ? 1 : 0;
+  }
+  EXPECT_EQ(by_chance, 0);
+  // Too few words to choose from: samples are made all the same.
+  options.key_symbols = 1;
+  options.vocabulary = 100;
+  const std::unique_ptr<Task> single = Make(options);
+  for (int i = 0; i < 20; ++i) CheckSample(*single, 64, single->GenerateForTraining(64, 0, random));
 }
 
 // With crossed_keys one key shares a symbol with every other, at the same place or at the other
@@ -262,15 +260,7 @@ TEST(Tasks, RecallSamplesBecomeHarder) {
       sample.tokens.assign(start, start + batch.tokens_per_row);
       const std::vector<Key> keys = Keys(sample);
       seen.first += keys.size() <= 3 ? 1 : 0;
-      seen.second +=
-          std::any_of(keys.begin(), keys.end(),
-                      [&](const Key& one) {
-                        return std::all_of(keys.begin(), keys.end(), [&](const Key& other) {
-                          return one.first == other.first || one.second == other.second;
-                        });
-                      })
-              ? 1
-              : 0;
+      seen.second += AreAlike(keys) ? 1 : 0;
     }
     return seen;
   };
