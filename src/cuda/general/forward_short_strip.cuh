@@ -371,6 +371,7 @@ struct ShortStrip {
         if (!__any_sync(kWarp, unsettled)) break;
       }
     }
+    __syncwarp();  // The lanes of the row have read where it starts.
     if (lane % kLanes == 0) team.start[row] = make_float2(bound, complete ? 0.0f : 1.0f);
     Sync();
     float2 result[2];
