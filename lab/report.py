@@ -35,8 +35,8 @@ PUBLISHED = {
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+table { font-size: 0.875rem; border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { white-space: nowrap; padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }

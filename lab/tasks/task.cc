@@ -1,5 +1,6 @@
 #include "tasks/task.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace flash_entmax::lab {
@@ -90,6 +91,9 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
                                    names);
   }
   if (options.symbols == 0) options.symbols = symbols;
+  if (options.most_symbols == 0) {
+    options.most_symbols = std::max(options.fewest_symbols, options.symbols / 4);
+  }
   const int64_t most = 65536;
   for (const Status& status :
        {CheckRange("symbols", options.symbols, 2, most),
@@ -100,6 +104,9 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckShare("collisions", options.collisions),
         CheckShare("key_collisions", options.key_collisions),
         CheckShare("few_symbols", options.few_symbols),
+        CheckShare("alike_parts", options.alike_parts),
+        CheckRange("fewest_symbols", options.fewest_symbols, 2, options.symbols),
+        CheckRange("most_symbols", options.most_symbols, options.fewest_symbols, options.symbols),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
         CheckRange("value_symbols", options.value_symbols, 1, 8),
         CheckRange("vocabulary", options.vocabulary, 2, 1 << 20),

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "batch.h"
@@ -51,6 +53,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.key_collisions = 0.3;
     options.crossed_keys = name == "recall";
     options.few_symbols = 0.3;
+    options.alike_parts = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -273,15 +276,14 @@ TEST(Tasks, RecallSamplesBecomeHarder) {
   EXPECT_EQ(alike_last, 200);
 }
 
-// Training samples have 2 to 8 of the 32 symbols, every number of them now and then; evaluation
-// samples have them all.
+// Training samples have 2 to 8 of the 32 symbols, or as many as they are told to have, every number
+// of them now and then; evaluation samples have them all.
 TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(testing::TestSeed());
   TaskOptions options;
   options.few_symbols = 1.0;
-  for (const char* name : {"copy", "reverse", "sort"}) {
-    options.name = name;
+  const auto check = [&](const std::set<size_t>& expected) {
     const std::unique_ptr<Task> task = Make(options);
     const auto symbols = [](const Sample& sample) {
       return std::set<int32_t>(sample.tokens.begin() + 1, sample.tokens.begin() + 201).size();
@@ -293,8 +295,73 @@ TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
       seen.insert(symbols(sample));
       ASSERT_GT(symbols(task->Generate(200, random)), 20u);
     }
-    EXPECT_EQ(seen, (std::set<size_t>{2, 3, 4, 5, 6, 7, 8})) << name;
+    EXPECT_EQ(seen, expected) << options.name;
+  };
+  for (const char* name : {"copy", "reverse", "sort"}) {
+    options.name = name;
+    check({2, 3, 4, 5, 6, 7, 8});
   }
+  options.fewest_symbols = 5;
+  check({5, 6, 7, 8});
+  options.most_symbols = 6;
+  check({5, 6});
+  options.fewest_symbols = 10;
+  options.most_symbols = 0;  // a quarter of all would be fewer
+  check({10});
+}
+
+// Two places that do not overlap, with four symbols each that are the same but for one, or in
+// another order: in nearly every training sample that is to hold such parts, and in few others.
+TEST(Tasks, TrainingSamplesCanHoldPartsAlike) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  const auto has_parts_alike = [](const Sample& sample, bool reordered) {
+    const std::vector<int32_t> source(sample.tokens.begin() + 1, sample.tokens.begin() + 65);
+    for (auto a = source.begin(); a + 8 <= source.end(); ++a) {
+      for (auto b = a + 4; b + 4 <= source.end(); ++b) {
+        const auto same = std::inner_product(a, a + 4, b, 0, std::plus<>(), std::equal_to<>());
+        const bool permuted = std::is_permutation(a, a + 4, b);
+        if (reordered ? same == 2 && permuted : same == 3 && !permuted) return true;
+      }
+    }
+    return false;
+  };
+  for (const char* name : {"copy", "reverse"}) {
+    SCOPED_TRACE(name);
+    int held[2][2] = {};  // with and without, changed and reordered
+    for (const bool with : {false, true}) {
+      TaskOptions options;
+      options.name = name;
+      options.alike_parts = with ? 1.0 : 0.0;
+      const std::unique_ptr<Task> task = Make(options);
+      for (int i = 0; i < 500; ++i) {
+        const Sample sample = task->GenerateForTraining(64, 0, random);
+        CheckSample(*task, 64, sample);
+        for (const bool reordered : {false, true}) {
+          held[with][reordered] += has_parts_alike(sample, reordered);
+        }
+      }
+    }
+    EXPECT_LT(held[false][0], 150);
+    EXPECT_GT(held[true][0], 250);
+    EXPECT_LT(held[false][1], 25);
+    EXPECT_GT(held[true][1], 250);
+  }
+}
+
+TEST(Tasks, NumbersOfSymbolsThatCannotBeAreRefused) {
+  const auto status = [](int64_t fewest, int64_t most) {
+    TaskOptions options;
+    options.name = "copy";
+    options.fewest_symbols = fewest;
+    options.most_symbols = most;
+    return MakeTask(options).status();
+  };
+  EXPECT_TRUE(testing::IsOk(status(2, 32)));
+  EXPECT_TRUE(testing::Rejects(status(33, 0), "task.fewest_symbols"));
+  EXPECT_TRUE(testing::Rejects(status(1, 8), "task.fewest_symbols"));
+  EXPECT_TRUE(testing::Rejects(status(8, 7), "task.most_symbols"));
+  EXPECT_TRUE(testing::Rejects(status(2, 33), "task.most_symbols"));
 }
 
 TEST(Tasks, AnyTaskCanEndWithAToken) {
