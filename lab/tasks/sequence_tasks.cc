@@ -3,11 +3,11 @@
 // and for local_count the counts 0 … 47.
 //
 // For training only, `few_symbols` of the samples of copy, reverse, sort and back are made of
-// `fewest_symbols` to `most_symbols` different ones. Among n places and S symbols about n² / 2 Sᵏ
-// pairs of places have the same k symbols before them. What is told apart by the last two or three
-// symbols in a short random sequence is not in a long one; in a short sequence of few symbols it is
-// not either. `alike_parts` of the samples of copy and reverse hold parts of 4 to 7 symbols that
-// stand elsewhere with one symbol changed, or with two neighbours in the other order.
+// `fewest_symbols` to `most_symbols` different ones. Among n places, with S symbols, about
+// (n² / 2) / Sᵏ pairs of places have the same k symbols before them. What is told apart by the last
+// two or three symbols in a short random sequence is not in a long one; in a short sequence of few
+// symbols it is not either. `alike_parts` of the samples of copy and reverse hold parts of 4 to 7
+// symbols that stand elsewhere with one symbol changed, or with two neighbours in the other order.
 
 #include <algorithm>
 #include <cstdlib>
