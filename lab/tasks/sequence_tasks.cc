@@ -6,11 +6,9 @@
 // `fewest_symbols` to `most_symbols` different ones. Among n places, with S symbols, about
 // (n² / 2) / Sᵏ pairs of places have the same k symbols before them. What is told apart by the last
 // two or three symbols in a short random sequence is not in a long one; in a short sequence of few
-// symbols it is not either. `alike_parts` of the samples of copy and reverse hold parts of 4 to 7
-// symbols that stand elsewhere with one symbol changed, or with two neighbours in the other order.
+// symbols it is not either.
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "tasks/task.h"
 
@@ -89,16 +87,6 @@ class ReorderingTask : public RandomSymbolsTask {
  public:
   using RandomSymbolsTask::RandomSymbolsTask;
 
-  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
-    if (options_.alike_parts == 0.0 || !random.Chance(options_.alike_parts)) {
-      return RandomSymbolsTask::GenerateForTraining(length, step, random);
-    }
-    std::vector<int32_t> source = Source(length, random);
-    const int64_t parts = random.Integer(1, kMostParts);
-    for (int64_t i = 0; i < parts; ++i) AddAlike(random, &source);
-    return Make(source);
-  }
-
   // What was said may be what follows elsewhere after the same symbols.
   void Explain(const Sample& sample, std::vector<WrongToken>* wrong) const override {
     const std::vector<int32_t> target = TargetOf(sample);
@@ -120,26 +108,6 @@ class ReorderingTask : public RandomSymbolsTask {
       if (where < 0) continue;
       token.source = "as at place " + std::to_string(where) + ", where the " +
                      std::to_string(longest) + " before are the same";
-    }
-  }
-
- private:
-  static constexpr int64_t kMostParts = 4;
-  static constexpr int64_t kShortestPart = 4, kLongestPart = 7;
-
-  // Repeats a part at another place, not quite; nothing where the two places would overlap.
-  void AddAlike(Random& random, std::vector<int32_t>* source) const {
-    const int64_t part = random.Integer(kShortestPart, kLongestPart);
-    const int64_t last = std::ssize(*source) - part;  // where one can begin
-    if (last < part) return;
-    const int64_t from = random.Integer(0, last), to = random.Integer(0, last);
-    if (std::abs(from - to) < part) return;
-    std::copy_n(source->begin() + from, part, source->begin() + to);
-    const auto other = source->begin() + to + random.Integer(0, part - 2);
-    if (random.Chance(0.5)) {
-      std::iter_swap(other, other + 1);
-    } else {
-      *other = static_cast<int32_t>(random.Below(options_.symbols));
     }
   }
 };

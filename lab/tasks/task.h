@@ -59,7 +59,6 @@ struct TaskOptions {
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols,
   int64_t fewest_symbols = 2;   // which have at least so many different ones
   int64_t most_symbols = 0;     // and at most so many; 0: a quarter of all
-  double alike_parts = 0.0;     // copy, reverse: share of the samples that hold parts alike
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
   bool repeat_queries = false;  // recall: queries are drawn with replacement

@@ -48,11 +48,11 @@ TEST(Config, RunsSurviveARoundTrip) {
   ASSERT_TRUE(testing::IsOk(again.status()));
   EXPECT_EQ(RunToJson(*again), text);
   // What is left out by default comes back too.
-  const Expected<Recipe> rare = ParseRecipe(
-      kRecipe, "test",
-      {"task.end=true", "task.crossed_keys=true", "task.easy_steps=500", "task.few_symbols=0.5",
-       "task.fewest_symbols=3", "task.most_symbols=6", "task.alike_parts=0.25",
-       "model.zero_token=1", "training.precision=bfloat16_true"});
+  const Expected<Recipe> rare =
+      ParseRecipe(kRecipe, "test",
+                  {"task.end=true", "task.crossed_keys=true", "task.easy_steps=500",
+                   "task.few_symbols=0.5", "task.fewest_symbols=3", "task.most_symbols=6",
+                   "model.zero_token=1", "training.precision=bfloat16_true"});
   ASSERT_TRUE(testing::IsOk(rare.status()));
   const Expected<RunConfig> read = ParseRun(RunToJson(rare->runs[0]));
   ASSERT_TRUE(testing::IsOk(read.status()));
@@ -62,7 +62,6 @@ TEST(Config, RunsSurviveARoundTrip) {
   EXPECT_EQ(read->task.few_symbols, 0.5);
   EXPECT_EQ(read->task.fewest_symbols, 3);
   EXPECT_EQ(read->task.most_symbols, 6);
-  EXPECT_EQ(read->task.alike_parts, 0.25);
   EXPECT_EQ(read->model.zero_token, 1);
   EXPECT_EQ(read->training.precision, Precision::kBFloat16True);
 }

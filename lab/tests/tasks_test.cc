@@ -3,9 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <functional>
 #include <map>
-#include <numeric>
 #include <set>
 
 #include "batch.h"
@@ -53,7 +51,6 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.key_collisions = 0.3;
     options.crossed_keys = name == "recall";
     options.few_symbols = 0.3;
-    options.alike_parts = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -308,45 +305,6 @@ TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
   options.fewest_symbols = 10;
   options.most_symbols = 0;  // a quarter of all would be fewer
   check({10});
-}
-
-// Two places that do not overlap, with four symbols each that are the same but for one, or in
-// another order: in nearly every training sample that is to hold such parts, and in few others.
-TEST(Tasks, TrainingSamplesCanHoldPartsAlike) {
-  SCOPED_TRACE(testing::SeedMessage());
-  Random random(testing::TestSeed());
-  const auto has_parts_alike = [](const Sample& sample, bool reordered) {
-    const std::vector<int32_t> source(sample.tokens.begin() + 1, sample.tokens.begin() + 65);
-    for (auto a = source.begin(); a + 8 <= source.end(); ++a) {
-      for (auto b = a + 4; b + 4 <= source.end(); ++b) {
-        const auto same = std::inner_product(a, a + 4, b, 0, std::plus<>(), std::equal_to<>());
-        const bool permuted = std::is_permutation(a, a + 4, b);
-        if (reordered ? same == 2 && permuted : same == 3 && !permuted) return true;
-      }
-    }
-    return false;
-  };
-  for (const char* name : {"copy", "reverse"}) {
-    SCOPED_TRACE(name);
-    int held[2][2] = {};  // with and without, changed and reordered
-    for (const bool with : {false, true}) {
-      TaskOptions options;
-      options.name = name;
-      options.alike_parts = with ? 1.0 : 0.0;
-      const std::unique_ptr<Task> task = Make(options);
-      for (int i = 0; i < 500; ++i) {
-        const Sample sample = task->GenerateForTraining(64, 0, random);
-        CheckSample(*task, 64, sample);
-        for (const bool reordered : {false, true}) {
-          held[with][reordered] += has_parts_alike(sample, reordered);
-        }
-      }
-    }
-    EXPECT_LT(held[false][0], 150);
-    EXPECT_GT(held[true][0], 250);
-    EXPECT_LT(held[false][1], 25);
-    EXPECT_GT(held[true][1], 250);
-  }
 }
 
 TEST(Tasks, NumbersOfSymbolsThatCannotBeAreRefused) {
