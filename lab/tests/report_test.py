@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import sys
 import tempfile
 import unittest
@@ -160,7 +161,7 @@ class Page(unittest.TestCase):
         self.assertEqual(exact, [["attention", "1×", "2×"], ["entmax", "100.0", "–"],
                                  ["softmax", "100.0", "37.5 (25.0–50.0)"]])
         for row in exact:
-            self.assertRegex(printed, r"\s+".join(map(lambda c: c.replace("(", r"\(").replace(")", r"\)"), row)))
+            self.assertRegex(printed, r"\s+".join(map(re.escape, row)))
         self.assertIn("3 runs on a machine, 4.5 minutes of training in all", page)
         self.assertIn("1–2 seeds: mean, lowest–highest", page)
 
