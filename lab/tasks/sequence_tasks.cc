@@ -6,7 +6,11 @@
 // `fewest_symbols` to `most_symbols` different ones. Among n places, with S symbols, about
 // (n² / 2) / Sᵏ pairs of places have the same k symbols before them. What is told apart by the last
 // two or three symbols in a short random sequence is not in a long one; in a short sequence of few
-// symbols it is not either.
+// symbols it is not either. Within the first `easy_steps` steps their share rises from none.
+//
+// For training only, in `prefix` of the samples of these tasks up to half of the symbols stand
+// before `begin` and are no part of the source. A model that goes by a token's number from the
+// start, which ends where it was trained, is wrong in them.
 
 #include <algorithm>
 
@@ -30,8 +34,8 @@ class SequenceTask : public Task {
   void Solve(Sample& sample) const override {
     const auto separator_at =
         std::find(sample.target.begin(), sample.target.end(), 1) - sample.target.begin() - 1;
-    const std::vector<int32_t> source(sample.tokens.begin() + 1,
-                                      sample.tokens.begin() + separator_at);
+    const auto begin_at = std::find(sample.tokens.begin(), sample.tokens.end(), begin());
+    const std::vector<int32_t> source(begin_at + 1, sample.tokens.begin() + separator_at);
     const std::vector<int32_t> target = Rule(source);
     sample.tokens.resize(static_cast<size_t>(separator_at + 1));
     sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
@@ -45,10 +49,11 @@ class SequenceTask : public Task {
   }
   virtual std::vector<int32_t> Rule(const std::vector<int32_t>& source) const = 0;
 
-  Sample Make(const std::vector<int32_t>& source) const {
+  Sample Make(const std::vector<int32_t>& source, const std::vector<int32_t>& before = {}) const {
     const std::vector<int32_t> target = Rule(source);
     Sample sample;
-    sample.tokens.reserve(source.size() + target.size() + 2);
+    sample.tokens.reserve(before.size() + source.size() + target.size() + 2);
+    sample.tokens = before;
     sample.tokens.push_back(begin());
     sample.tokens.insert(sample.tokens.end(), source.begin(), source.end());
     sample.tokens.push_back(separator());
@@ -69,16 +74,26 @@ class RandomSymbolsTask : public SequenceTask {
  public:
   using SequenceTask::SequenceTask;
 
-  Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const override {
-    // No number is drawn where there is no choice: samples stay what they were.
-    if (options_.few_symbols == 0.0 || !random.Chance(options_.few_symbols)) {
-      return Generate(length, random);
+  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
+    double share = options_.few_symbols;
+    if (options_.easy_steps > 0) {
+      share *= std::min(1.0, static_cast<double>(step) / static_cast<double>(options_.easy_steps));
     }
+    // No number is drawn where there is no choice: samples stay what they were.
+    const bool few = options_.few_symbols > 0.0 && random.Chance(share);
+    std::vector<int32_t> symbols = few ? SourceOfFew(length, random) : Source(length, random);
+    if (options_.prefix == 0.0 || !random.Chance(options_.prefix)) return Make(symbols);
+    const auto source = symbols.begin() + random.Integer(0, length / 2);
+    return Make({source, symbols.end()}, {symbols.begin(), source});
+  }
+
+ private:
+  std::vector<int32_t> SourceOfFew(int64_t length, Random& random) const {
     const int64_t few = random.Integer(options_.fewest_symbols, options_.most_symbols);
     const std::vector<int32_t> symbols = random.Distinct(few, options_.symbols);
     std::vector<int32_t> source(static_cast<size_t>(length));
     for (int32_t& symbol : source) symbol = symbols[static_cast<size_t>(random.Below(few))];
-    return Make(source);
+    return source;
   }
 };
 

@@ -55,10 +55,11 @@ struct TaskOptions {
   double collisions = 0.0;      // recall: share of the samples whose values begin alike
   double key_collisions = 0.0;  // recall: share of the samples whose keys share symbols
   bool crossed_keys = false;    // recall: they may share them at different places
-  int64_t easy_steps = 0;       // recall: training steps in which samples become harder
+  int64_t easy_steps = 0;       // training steps in which samples become harder
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols,
   int64_t fewest_symbols = 2;   // which have at least so many different ones
   int64_t most_symbols = 0;     // and at most so many; 0: a quarter of all
+  double prefix = 0.0;          // the same: share of the samples with other symbols before `begin`
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
   bool repeat_queries = false;  // recall: queries are drawn with replacement

@@ -51,6 +51,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.key_collisions = 0.3;
     options.crossed_keys = name == "recall";
     options.few_symbols = 0.3;
+    options.prefix = 0.3;
     const std::unique_ptr<Task> task = Make(options);
     ASSERT_TRUE(task);
     Random random(testing::TestSeed());
@@ -305,6 +306,59 @@ TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
   options.fewest_symbols = 10;
   options.most_symbols = 0;  // a quarter of all would be fewer
   check({10});
+}
+
+// Their share rises from none to what is asked for at `easy_steps`.
+TEST(Tasks, SamplesOfFewSymbolsCanComeLater) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.name = "copy";
+  options.few_symbols = 1.0;
+  options.most_symbols = 4;
+  options.easy_steps = 1000;
+  const std::unique_ptr<Task> task = Make(options);
+  const auto share = [&](int64_t step) {
+    int few = 0;
+    for (int i = 0; i < 200; ++i) {
+      const Sample sample = task->GenerateForTraining(100, step, random);
+      few += std::set<int32_t>(sample.tokens.begin() + 1, sample.tokens.begin() + 101).size() <= 4;
+    }
+    return few;
+  };
+  EXPECT_EQ(share(0), 0);
+  EXPECT_NEAR(share(500), 100, 40);
+  EXPECT_EQ(share(1000), 200);
+  EXPECT_EQ(share(100000), 200);
+}
+
+// In training, symbols that are no part of the source can stand before `begin`, as many as half of
+// all; in evaluation there are none.
+TEST(Tasks, TrainingSamplesCanHaveAPrefix) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.prefix = 0.5;
+  for (const char* name : {"copy", "reverse", "sort", "back"}) {
+    SCOPED_TRACE(name);
+    options.name = name;
+    const std::unique_ptr<Task> task = Make(options);
+    const int64_t length = 40, begin = task->vocabulary() - 3;
+    const auto before = [&](const Sample& sample) {
+      return std::find(sample.tokens.begin(), sample.tokens.end(), begin) - sample.tokens.begin();
+    };
+    std::map<int64_t, int> seen;
+    for (int i = 0; i < 1000; ++i) {
+      const Sample sample = task->GenerateForTraining(length, 0, random);
+      CheckSample(*task, length, sample);
+      ++seen[before(sample)];
+      ASSERT_EQ(std::count(sample.target.begin(), sample.target.end(), 1), length - before(sample));
+      ASSERT_EQ(before(task->Generate(length, random)), 0);
+    }
+    EXPECT_NEAR(seen[0], 524, 100);
+    EXPECT_EQ(seen.size(), 21u);
+    EXPECT_EQ(seen.rbegin()->first, 20);
+  }
 }
 
 TEST(Tasks, NumbersOfSymbolsThatCannotBeAreRefused) {
