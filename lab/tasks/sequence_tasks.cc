@@ -6,11 +6,11 @@
 // `fewest_symbols` to `most_symbols` different ones. Among n places, with S symbols, about
 // (n² / 2) / Sᵏ pairs of places have the same k symbols before them. What is told apart by the last
 // two or three symbols in a short random sequence is not in a long one; in a short sequence of few
-// symbols it is not either. Within the first `easy_steps` steps their share rises from none.
+// symbols it is not either.
 //
 // For training only, in `prefix` of the samples of these tasks up to half of the symbols stand
-// before `begin` and are no part of the source. A model that goes by a token's number from the
-// start, which ends where it was trained, is wrong in them.
+// before `begin` and are no part of the source. A model that finds a symbol by its place, counted
+// from the start, which ends where it was trained, is wrong in them.
 
 #include <algorithm>
 
@@ -74,14 +74,10 @@ class RandomSymbolsTask : public SequenceTask {
  public:
   using SequenceTask::SequenceTask;
 
-  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
-    double share = options_.few_symbols;
-    if (options_.easy_steps > 0) {
-      share *= std::min(1.0, static_cast<double>(step) / static_cast<double>(options_.easy_steps));
-    }
+  Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const override {
     // No number is drawn where there is no choice: samples stay what they were.
-    const bool few = options_.few_symbols > 0.0 && random.Chance(share);
-    std::vector<int32_t> symbols = few ? SourceOfFew(length, random) : Source(length, random);
+    const bool few = options_.few_symbols > 0.0 && random.Chance(options_.few_symbols);
+    const std::vector<int32_t> symbols = few ? SourceOfFew(length, random) : Source(length, random);
     if (options_.prefix == 0.0 || !random.Chance(options_.prefix)) return Make(symbols);
     const auto source = symbols.begin() + random.Integer(0, length / 2);
     return Make({source, symbols.end()}, {symbols.begin(), source});

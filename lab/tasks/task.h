@@ -55,7 +55,7 @@ struct TaskOptions {
   double collisions = 0.0;      // recall: share of the samples whose values begin alike
   double key_collisions = 0.0;  // recall: share of the samples whose keys share symbols
   bool crossed_keys = false;    // recall: they may share them at different places
-  int64_t easy_steps = 0;       // training steps in which samples become harder
+  int64_t easy_steps = 0;       // recall: training steps in which samples become harder
   double few_symbols = 0.0;     // copy, reverse, sort, back: share of the samples of few symbols,
   int64_t fewest_symbols = 2;   // which have at least so many different ones
   int64_t most_symbols = 0;     // and at most so many; 0: a quarter of all

@@ -308,30 +308,6 @@ TEST(Tasks, TrainingSamplesCanHaveFewSymbols) {
   check({10});
 }
 
-// Their share rises from none to what is asked for at `easy_steps`.
-TEST(Tasks, SamplesOfFewSymbolsCanComeLater) {
-  SCOPED_TRACE(testing::SeedMessage());
-  Random random(testing::TestSeed());
-  TaskOptions options;
-  options.name = "copy";
-  options.few_symbols = 1.0;
-  options.most_symbols = 4;
-  options.easy_steps = 1000;
-  const std::unique_ptr<Task> task = Make(options);
-  const auto share = [&](int64_t step) {
-    int few = 0;
-    for (int i = 0; i < 200; ++i) {
-      const Sample sample = task->GenerateForTraining(100, step, random);
-      few += std::set<int32_t>(sample.tokens.begin() + 1, sample.tokens.begin() + 101).size() <= 4;
-    }
-    return few;
-  };
-  EXPECT_EQ(share(0), 0);
-  EXPECT_NEAR(share(500), 100, 40);
-  EXPECT_EQ(share(1000), 200);
-  EXPECT_EQ(share(100000), 200);
-}
-
 // In training, symbols that are no part of the source can stand before `begin`, as many as half of
 // all; in evaluation there are none.
 TEST(Tasks, TrainingSamplesCanHaveAPrefix) {
