@@ -337,6 +337,45 @@ TEST(Tasks, TrainingSamplesCanHaveAPrefix) {
   }
 }
 
+// In training the source can be shorter and stand further back in a sample of as many tokens, and
+// other symbols can stand behind it after a second `begin`.
+TEST(Tasks, TrainingSamplesCanBeShiftedAndHaveASuffix) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  for (const char* name : {"copy", "reverse", "sort", "back"}) {
+    SCOPED_TRACE(name);
+    TaskOptions options;
+    options.name = name;
+    options.shift = 0.5;
+    const int64_t length = 41;
+    std::unique_ptr<Task> task = Make(options);
+    const int64_t begin = task->vocabulary() - 3;
+    std::map<int64_t, int> seen;
+    for (int i = 0; i < 2000; ++i) {
+      const Sample sample = task->GenerateForTraining(length, 0, random);
+      CheckSample(*task, length, sample);
+      ASSERT_EQ(std::ssize(sample.tokens), 2 * length + 2);
+      const int64_t targets = std::count(sample.target.begin(), sample.target.end(), 1);
+      ASSERT_EQ(sample.tokens[static_cast<size_t>(2 * (length - targets))], begin);
+      ++seen[targets];
+    }
+    EXPECT_NEAR(seen[length], 1032, 150);
+    EXPECT_EQ(seen.size(), 31u);
+    EXPECT_EQ(seen.begin()->first, 11);
+
+    options.suffix = 0.5;
+    task = Make(options);
+    int with_suffix = 0;
+    for (int i = 0; i < 2000; ++i) {
+      const Sample sample = task->GenerateForTraining(length, 0, random);
+      CheckSample(*task, length, sample);
+      with_suffix += std::count(sample.tokens.begin(), sample.tokens.end(), begin) == 2 ? 1 : 0;
+      ASSERT_EQ(std::ssize(task->Generate(length, random).tokens), 2 * length + 2);
+    }
+    EXPECT_NEAR(with_suffix, 618, 110);  // a shift by more than half leaves no room for one
+  }
+}
+
 TEST(Tasks, NumbersOfSymbolsThatCannotBeAreRefused) {
   const auto status = [](int64_t fewest, int64_t most) {
     TaskOptions options;
