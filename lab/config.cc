@@ -180,7 +180,6 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Whole("fewest_symbols", &task->fewest_symbols, 2, 65536);
   fields.Whole("most_symbols", &task->most_symbols, 0, 65536);
   fields.Real("prefix", &task->prefix, 0, 1);
-  fields.Real("suffix", &task->suffix, 0, 1);
   fields.Real("shift", &task->shift, 0, 1);
   fields.Truth("end", &task->end);
   fields.Truth("repeat_queries", &task->repeat_queries);
@@ -492,7 +491,6 @@ std::string RunToJson(const RunConfig& run) {
   if (task.fewest_symbols != 2) json["task"]["fewest_symbols"] = task.fewest_symbols;
   if (task.most_symbols != 0) json["task"]["most_symbols"] = task.most_symbols;
   if (task.prefix > 0.0) json["task"]["prefix"] = task.prefix;
-  if (task.suffix > 0.0) json["task"]["suffix"] = task.suffix;
   if (task.shift > 0.0) json["task"]["shift"] = task.shift;
   if (task.end) json["task"]["end"] = true;
   if (task.repeat_queries) json["task"]["repeat_queries"] = true;

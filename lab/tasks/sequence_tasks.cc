@@ -16,9 +16,6 @@
 // twice as many other symbols stand before `begin`, so that the sample has as many tokens as
 // without. Otherwise places beyond the longest source are the target's in every sample, and a model
 // takes a symbol there for one of the target: in a longer source it prefers those at the beginning.
-//
-// For training only, in `suffix` of the samples up to half of the symbols stand between the source
-// and the separator, after a second `begin`.
 
 #include <algorithm>
 
@@ -32,9 +29,7 @@ class SequenceTask : public Task {
   explicit SequenceTask(const TaskOptions& options) : options_(options) {}
 
   int64_t vocabulary() const override { return options_.symbols + 3; }
-  int64_t MaxTokens(int64_t length) const override {
-    return length + (options_.suffix > 0.0 ? 3 : 2) + MaxTargets(length);
-  }
+  int64_t MaxTokens(int64_t length) const override { return length + 2 + MaxTargets(length); }
   int64_t MaxTargets(int64_t length) const override { return length; }
 
   Sample Generate(int64_t length, Random& random) const override {
@@ -45,9 +40,7 @@ class SequenceTask : public Task {
     const auto separator_at =
         std::find(sample.target.begin(), sample.target.end(), 1) - sample.target.begin() - 1;
     const auto begin_at = std::find(sample.tokens.begin(), sample.tokens.end(), begin());
-    const auto end_at =
-        std::find(begin_at + 1, sample.tokens.begin() + separator_at, begin());  // of the source
-    const std::vector<int32_t> source(begin_at + 1, end_at);
+    const std::vector<int32_t> source(begin_at + 1, sample.tokens.begin() + separator_at);
     const std::vector<int32_t> target = Rule(source);
     sample.tokens.resize(static_cast<size_t>(separator_at + 1));
     sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
@@ -61,18 +54,13 @@ class SequenceTask : public Task {
   }
   virtual std::vector<int32_t> Rule(const std::vector<int32_t>& source) const = 0;
 
-  Sample Make(const std::vector<int32_t>& source, const std::vector<int32_t>& before = {},
-              const std::vector<int32_t>& after = {}) const {
+  Sample Make(const std::vector<int32_t>& source, const std::vector<int32_t>& before = {}) const {
     const std::vector<int32_t> target = Rule(source);
     Sample sample;
     sample.tokens.reserve(before.size() + source.size() + target.size() + 2);
     sample.tokens = before;
     sample.tokens.push_back(begin());
     sample.tokens.insert(sample.tokens.end(), source.begin(), source.end());
-    if (!after.empty()) {
-      sample.tokens.push_back(begin());
-      sample.tokens.insert(sample.tokens.end(), after.begin(), after.end());
-    }
     sample.tokens.push_back(separator());
     sample.target.assign(sample.tokens.size(), 0);
     sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
@@ -94,7 +82,7 @@ class RandomSymbolsTask : public SequenceTask {
   Sample GenerateForTraining(int64_t length, int64_t /*step*/, Random& random) const override {
     // No number is drawn where there is no choice: samples stay what they were.
     const bool few = options_.few_symbols > 0.0 && random.Chance(options_.few_symbols);
-    int64_t source = length, before = 0, after = 0;
+    int64_t source = length, before = 0;
     if (options_.shift > 0.0 && random.Chance(options_.shift)) {
       source = random.Integer((length + 3) / 4, length);
       before = 2 * (length - source);
@@ -104,11 +92,8 @@ class RandomSymbolsTask : public SequenceTask {
     if (before == 0 && options_.prefix > 0.0 && random.Chance(options_.prefix)) {
       before = random.Integer(0, length / 2);
     }
-    if (before <= length / 2 && options_.suffix > 0.0 && random.Chance(options_.suffix)) {
-      after = random.Integer(0, length / 2 - before);
-    }
-    const auto first = symbols.begin() + before, last = symbols.end() - after;
-    return Make({first, last}, {symbols.begin(), first}, {last, symbols.end()});
+    const auto begin_at = symbols.begin() + before;
+    return Make({begin_at, symbols.end()}, {symbols.begin(), begin_at});
   }
 
  private:

@@ -104,7 +104,7 @@ Expected<std::unique_ptr<Task>> MakeTask(const TaskOptions& given) {
         CheckShare("collisions", options.collisions),
         CheckShare("key_collisions", options.key_collisions),
         CheckShare("few_symbols", options.few_symbols), CheckShare("prefix", options.prefix),
-        CheckShare("suffix", options.suffix), CheckShare("shift", options.shift),
+        CheckShare("shift", options.shift),
         CheckRange("fewest_symbols", options.fewest_symbols, 2, options.symbols),
         CheckRange("most_symbols", options.most_symbols, options.fewest_symbols, options.symbols),
         CheckRange("key_symbols", options.key_symbols, 1, 8),
