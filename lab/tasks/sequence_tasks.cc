@@ -13,9 +13,8 @@
 // from the start, which ends where it was trained, is wrong in them.
 //
 // For training only, in `shift` of the samples the source is shorter, by up to three quarters, and
-// twice as many other symbols stand before `begin`, so that the sample has as many tokens as
-// without. Otherwise places beyond the longest source are the target's in every sample, and a model
-// takes a symbol there for one of the target: in a longer source it prefers those at the beginning.
+// twice as many symbols as it lost stand before `begin`, so that the sample has as many tokens as
+// without. Otherwise places beyond the longest source are the target's in every sample.
 
 #include <algorithm>
 
