@@ -60,7 +60,7 @@ struct TaskOptions {
   int64_t fewest_symbols = 2;   // which have at least so many different ones
   int64_t most_symbols = 0;     // and at most so many; 0: a quarter of all
   double prefix = 0.0;          // the same: share of the samples with other symbols before `begin`
-  double shift = 0.0;  // the same: share of the samples whose source is shorter, further back
+  double shift = 0.0;           // the same: share of those with a shorter source, further back
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
   bool repeat_queries = false;  // recall: queries are drawn with replacement

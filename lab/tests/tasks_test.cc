@@ -357,8 +357,9 @@ TEST(Tasks, TrainingSamplesCanBeShifted) {
       const int64_t targets = std::count(sample.target.begin(), sample.target.end(), 1);
       ASSERT_EQ(sample.tokens[static_cast<size_t>(2 * (length - targets))], begin);
       ++seen[targets];
-      ASSERT_EQ(std::ssize(task->Generate(length, random).tokens), 2 * length + 2);
-      ASSERT_EQ(task->Generate(length, random).tokens.front(), begin);
+      const Sample plain = task->Generate(length, random);
+      ASSERT_EQ(std::ssize(plain.tokens), 2 * length + 2);
+      ASSERT_EQ(plain.tokens.front(), begin);
     }
     EXPECT_NEAR(seen[length], 1032, 150);
     EXPECT_EQ(seen.size(), 31u);
