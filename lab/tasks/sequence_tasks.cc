@@ -15,6 +15,14 @@
 // For training only, in `shift` of the samples the source is shorter, by up to three quarters, and
 // twice as many symbols as it lost stand before `begin`, so that the sample has as many tokens as
 // without. Otherwise places beyond the longest source are the target's in every sample.
+//
+// For training only, in `late` of the samples of copy and reverse the target begins later: up to
+// half of it is left out, and the four symbols after that are given (fewer where less is left), for
+// the model to find the place by. A model that finds a symbol by its number in the target is wrong
+// in them: beyond the training length there are numbers that it has never seen.
+//
+// For trials: in `decoys` of the samples with a prefix it is made of pieces of the source, and in
+// `repeats` of all samples pieces of the source stand at other places in it as well.
 
 #include <algorithm>
 
@@ -36,13 +44,13 @@ class SequenceTask : public Task {
   }
 
   void Solve(Sample& sample) const override {
-    const auto separator_at =
-        std::find(sample.target.begin(), sample.target.end(), 1) - sample.target.begin() - 1;
     const auto begin_at = std::find(sample.tokens.begin(), sample.tokens.end(), begin());
-    const std::vector<int32_t> source(begin_at + 1, sample.tokens.begin() + separator_at);
-    const std::vector<int32_t> target = Rule(source);
-    sample.tokens.resize(static_cast<size_t>(separator_at + 1));
-    sample.tokens.insert(sample.tokens.end(), target.begin(), target.end());
+    const auto separator_at = std::find(begin_at, sample.tokens.end(), separator());
+    const std::vector<int32_t> target = Rule({begin_at + 1, separator_at});
+    // All of it, or its end where the beginning is left out.
+    const auto wanted = sample.tokens.end() - separator_at - 1;
+    sample.tokens.erase(separator_at + 1, sample.tokens.end());
+    sample.tokens.insert(sample.tokens.end(), target.end() - wanted, target.end());
   }
 
  protected:
@@ -92,10 +100,40 @@ class RandomSymbolsTask : public SequenceTask {
       before = random.Integer(0, length / 2);
     }
     const auto begin_at = symbols.begin() + before;
-    return Make({begin_at, symbols.end()}, {symbols.begin(), begin_at});
+    std::vector<int32_t> kept(begin_at, symbols.end());
+    std::vector<int32_t> others(symbols.begin(), begin_at);
+    if (options_.repeats > 0.0 && random.Chance(options_.repeats)) Repeat(&kept, random);
+    if (before > 0 && options_.decoys > 0.0 && random.Chance(options_.decoys)) {
+      others = Pieces(kept, before, random);
+    }
+    return Make(kept, others);
   }
 
  private:
+  // `count` symbols: pieces of the source, of 3 to 6 symbols each, one after the other.
+  static std::vector<int32_t> Pieces(const std::vector<int32_t>& source, int64_t count,
+                                     Random& random) {
+    std::vector<int32_t> pieces;
+    while (std::ssize(pieces) < count) {
+      const int64_t length = std::min<int64_t>(random.Integer(3, 6), std::ssize(source));
+      const auto first = source.begin() + random.Integer(0, std::ssize(source) - length);
+      pieces.insert(pieces.end(), first, first + length);
+    }
+    pieces.resize(static_cast<size_t>(count));
+    return pieces;
+  }
+
+  // Pieces of the source, of 3 to 8 symbols each, take other places in it, one per 12 symbols.
+  static void Repeat(std::vector<int32_t>* source, Random& random) {
+    const int64_t length = std::ssize(*source);
+    for (int64_t i = 0; i < length / 12; ++i) {
+      const int64_t piece = std::min<int64_t>(random.Integer(3, 8), length);
+      const std::vector<int32_t> was = *source;
+      std::copy_n(was.begin() + random.Integer(0, length - piece), piece,
+                  source->begin() + random.Integer(0, length - piece));
+    }
+  }
+
   std::vector<int32_t> SourceOfFew(int64_t length, Random& random) const {
     const int64_t few = random.Integer(options_.fewest_symbols, options_.most_symbols);
     const std::vector<int32_t> symbols = random.Distinct(few, options_.symbols);
@@ -109,6 +147,12 @@ class RandomSymbolsTask : public SequenceTask {
 class ReorderingTask : public RandomSymbolsTask {
  public:
   using RandomSymbolsTask::RandomSymbolsTask;
+
+  Sample GenerateForTraining(int64_t length, int64_t step, Random& random) const override {
+    Sample sample = RandomSymbolsTask::GenerateForTraining(length, step, random);
+    if (options_.late > 0.0 && random.Chance(options_.late)) BeginLate(&sample, random);
+    return sample;
+  }
 
   // What was said may be what follows elsewhere after the same symbols.
   void Explain(const Sample& sample, std::vector<WrongToken>* wrong) const override {
@@ -132,6 +176,19 @@ class ReorderingTask : public RandomSymbolsTask {
       token.source = "as at place " + std::to_string(where) + ", where the " +
                      std::to_string(longest) + " before are the same";
     }
+  }
+
+ private:
+  static void BeginLate(Sample* sample, Random& random) {
+    constexpr int64_t kGiven = 4;
+    const int64_t targets = std::count(sample->target.begin(), sample->target.end(), 1);
+    const int64_t left_out = random.Integer(0, targets / 2);
+    if (left_out == 0) return;
+    const auto first = sample->tokens.end() - targets;
+    sample->tokens.erase(first, first + left_out);
+    sample->target.resize(sample->tokens.size());
+    const int64_t given = std::min(kGiven, targets - left_out - 1);
+    std::fill_n(sample->target.end() - (targets - left_out), given, 0);
   }
 };
 

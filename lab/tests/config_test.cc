@@ -52,7 +52,7 @@ TEST(Config, RunsSurviveARoundTrip) {
       kRecipe, "test",
       {"task.end=true", "task.crossed_keys=true", "task.easy_steps=500", "task.few_symbols=0.5",
        "task.fewest_symbols=3", "task.most_symbols=6", "task.prefix=0.25", "task.shift=0.5",
-       "model.zero_token=1", "training.precision=bfloat16_true"});
+       "task.late=0.75", "model.zero_token=1", "training.precision=bfloat16_true"});
   ASSERT_TRUE(testing::IsOk(rare.status()));
   const Expected<RunConfig> read = ParseRun(RunToJson(rare->runs[0]));
   ASSERT_TRUE(testing::IsOk(read.status()));
@@ -64,6 +64,7 @@ TEST(Config, RunsSurviveARoundTrip) {
   EXPECT_EQ(read->task.most_symbols, 6);
   EXPECT_EQ(read->task.prefix, 0.25);
   EXPECT_EQ(read->task.shift, 0.5);
+  EXPECT_EQ(read->task.late, 0.75);
   EXPECT_EQ(read->model.zero_token, 1);
   EXPECT_EQ(read->training.precision, Precision::kBFloat16True);
 }
@@ -87,6 +88,7 @@ TEST(Config, BrokenRecipesAreRefused) {
   EXPECT_TRUE(testing::Rejects(status("task.most_symbols=-1"), "task.most_symbols"));
   EXPECT_TRUE(testing::Rejects(status("task.prefix=1.5"), "task.prefix"));
   EXPECT_TRUE(testing::Rejects(status("task.shift=1.5"), "task.shift"));
+  EXPECT_TRUE(testing::Rejects(status("task.late=1.5"), "task.late"));
   EXPECT_TRUE(testing::Rejects(status("training.learning_rate=fast"), "training.learning_rate"));
   EXPECT_TRUE(testing::Rejects(status("training.min_length=100"), "training.min_length"));
   EXPECT_TRUE(testing::Rejects(status("model.heads=5"), "model.heads"));

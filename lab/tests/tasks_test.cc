@@ -50,6 +50,7 @@ TEST(Tasks, TheRuleSolvesEverySample) {
     options.collisions = 0.3;
     options.key_collisions = 0.3;
     options.crossed_keys = name == "recall";
+    options.late = 0.5;
     options.few_symbols = 0.3;
     options.prefix = 0.3;
     const std::unique_ptr<Task> task = Make(options);
@@ -364,6 +365,50 @@ TEST(Tasks, TrainingSamplesCanBeShifted) {
     EXPECT_NEAR(seen[length], 1032, 150);
     EXPECT_EQ(seen.size(), 31u);
     EXPECT_EQ(seen.begin()->first, 11);
+  }
+}
+
+// In training up to half of the target can be left out, and four symbols after that be given.
+TEST(Tasks, TrainingTargetsCanBeginLate) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(testing::TestSeed());
+  TaskOptions options;
+  options.late = 0.5;
+  options.prefix = 0.5;
+  for (const char* name : {"copy", "reverse"}) {
+    SCOPED_TRACE(name);
+    options.name = name;
+    const std::unique_ptr<Task> task = Make(options);
+    const int64_t length = 40, separator = task->vocabulary() - 2;
+    const auto given = [&](const Sample& sample) {
+      const auto at = std::find(sample.tokens.begin(), sample.tokens.end(), separator);
+      const auto first = std::find(sample.target.begin(), sample.target.end(), 1);
+      return (first - sample.target.begin()) - (at - sample.tokens.begin()) - 1;
+    };
+    std::map<int64_t, int> seen;
+    for (int i = 0; i < 1000; ++i) {
+      const Sample sample = task->GenerateForTraining(length, 0, random);
+      CheckSample(*task, length, sample);
+      ++seen[given(sample)];
+      const Sample plain = task->Generate(length, random);
+      ASSERT_EQ(given(plain), 0);
+      ASSERT_EQ(std::count(plain.target.begin(), plain.target.end(), 1), length);
+    }
+    EXPECT_EQ(seen.size(), 2u);
+    EXPECT_NEAR(seen[0], 527, 100);
+    EXPECT_NEAR(seen[4], 473, 100);
+    for (int64_t few = 1; few <= 12; ++few) {  // a target is left, however short the source is
+      for (int i = 0; i < 20; ++i) {
+        CheckSample(*task, few, task->GenerateForTraining(few, 0, random));
+      }
+    }
+  }
+  options.name = "sort";  // what stands before is not told by four symbols
+  const std::unique_ptr<Task> sort = Make(options);
+  for (int i = 0; i < 100; ++i) {
+    const Sample sample = sort->GenerateForTraining(40, 0, random);
+    const auto at = std::find(sample.tokens.begin(), sample.tokens.end(), sort->vocabulary() - 2);
+    ASSERT_EQ(sample.target[static_cast<size_t>(at - sample.tokens.begin() + 1)], 1);
   }
 }
 
