@@ -181,9 +181,7 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Whole("most_symbols", &task->most_symbols, 0, 65536);
   fields.Real("prefix", &task->prefix, 0, 1);
   fields.Real("shift", &task->shift, 0, 1);
-  fields.Real("decoys", &task->decoys, 0, 1);
   fields.Real("late", &task->late, 0, 1);
-  fields.Real("repeats", &task->repeats, 0, 1);
   fields.Truth("end", &task->end);
   fields.Truth("repeat_queries", &task->repeat_queries);
   fields.Truth("own_slots", &task->own_slots);
@@ -495,9 +493,7 @@ std::string RunToJson(const RunConfig& run) {
   if (task.most_symbols != 0) json["task"]["most_symbols"] = task.most_symbols;
   if (task.prefix > 0.0) json["task"]["prefix"] = task.prefix;
   if (task.shift > 0.0) json["task"]["shift"] = task.shift;
-  if (task.decoys > 0.0) json["task"]["decoys"] = task.decoys;
   if (task.late > 0.0) json["task"]["late"] = task.late;
-  if (task.repeats > 0.0) json["task"]["repeats"] = task.repeats;
   if (task.end) json["task"]["end"] = true;
   if (task.repeat_queries) json["task"]["repeat_queries"] = true;
   if (task.own_slots) json["task"]["own_slots"] = true;

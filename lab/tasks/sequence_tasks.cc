@@ -20,9 +20,6 @@
 // half of it is left out, and the four symbols after that are given (fewer where less is left), for
 // the model to find the place by. A model that finds a symbol by its number in the target is wrong
 // in them: beyond the training length there are numbers that it has never seen.
-//
-// For trials: in `decoys` of the samples with a prefix it is made of pieces of the source, and in
-// `repeats` of all samples pieces of the source stand at other places in it as well.
 
 #include <algorithm>
 
@@ -100,40 +97,10 @@ class RandomSymbolsTask : public SequenceTask {
       before = random.Integer(0, length / 2);
     }
     const auto begin_at = symbols.begin() + before;
-    std::vector<int32_t> kept(begin_at, symbols.end());
-    std::vector<int32_t> others(symbols.begin(), begin_at);
-    if (options_.repeats > 0.0 && random.Chance(options_.repeats)) Repeat(&kept, random);
-    if (before > 0 && options_.decoys > 0.0 && random.Chance(options_.decoys)) {
-      others = Pieces(kept, before, random);
-    }
-    return Make(kept, others);
+    return Make({begin_at, symbols.end()}, {symbols.begin(), begin_at});
   }
 
  private:
-  // `count` symbols: pieces of the source, of 3 to 6 symbols each, one after the other.
-  static std::vector<int32_t> Pieces(const std::vector<int32_t>& source, int64_t count,
-                                     Random& random) {
-    std::vector<int32_t> pieces;
-    while (std::ssize(pieces) < count) {
-      const int64_t length = std::min<int64_t>(random.Integer(3, 6), std::ssize(source));
-      const auto first = source.begin() + random.Integer(0, std::ssize(source) - length);
-      pieces.insert(pieces.end(), first, first + length);
-    }
-    pieces.resize(static_cast<size_t>(count));
-    return pieces;
-  }
-
-  // Pieces of the source, of 3 to 8 symbols each, take other places in it, one per 12 symbols.
-  static void Repeat(std::vector<int32_t>* source, Random& random) {
-    const int64_t length = std::ssize(*source);
-    for (int64_t i = 0; i < length / 12; ++i) {
-      const int64_t piece = std::min<int64_t>(random.Integer(3, 8), length);
-      const std::vector<int32_t> was = *source;
-      std::copy_n(was.begin() + random.Integer(0, length - piece), piece,
-                  source->begin() + random.Integer(0, length - piece));
-    }
-  }
-
   std::vector<int32_t> SourceOfFew(int64_t length, Random& random) const {
     const int64_t few = random.Integer(options_.fewest_symbols, options_.most_symbols);
     const std::vector<int32_t> symbols = random.Distinct(few, options_.symbols);

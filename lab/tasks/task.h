@@ -61,8 +61,6 @@ struct TaskOptions {
   int64_t most_symbols = 0;     // and at most so many; 0: a quarter of all
   double prefix = 0.0;          // the same: share of the samples with other symbols before `begin`
   double shift = 0.0;           // the same: share of those with a shorter source, further back
-  double decoys = 0.0;          // the same: share of prefixes that are pieces of the source
-  double repeats = 0.0;         // the same: share of samples in which pieces stand twice
   double late = 0.0;            // copy, reverse: share of the samples whose target begins later
   // As the published generator (deep-spin/asentmax) makes them:
   bool end = false;             // any task: the target ends with a token of its own
