@@ -78,7 +78,8 @@ def figure(share):
     """A share in per cent. 100 means every one: digits are cut off there, not rounded."""
     value = 100 * share
     if 99.8 <= value < 100:
-        return f"{math.floor(value * 1e5) / 1e5:.5f}"[:6].rstrip("0").rstrip(".")
+        # A little more, since the mean of numbers like 0.998 is often a hair below what it should be.
+        return f"{math.floor(value * 1e5 + 1e-4) / 1e5:.5f}"[:6].rstrip("0").rstrip(".")
     return f"{value:.1f}"
 
 
@@ -187,8 +188,8 @@ def findings(variants):
         best = max(sparse, key=lambda n: (lowest(n, multiple), mean(n, multiple)))
         lead = mean(best, multiple) - mean("softmax", multiple)
         text = (f"At {multiple:g}× the training length {best} solves "
-                f"{100 * mean(best, multiple):.1f} % of the sequences, softmax "
-                f"{100 * mean('softmax', multiple):.1f} %")
+                f"{figure(mean(best, multiple))} % of the sequences, softmax "
+                f"{figure(mean('softmax', multiple))} %")
         if lowest(best, multiple) - highest("softmax", multiple) > 0.05:
             lines.append(f"{text}: " + (f"{seeds(best)}." if single else
                                         f"every seed of {best} is ahead of every seed of softmax."))
@@ -210,7 +211,7 @@ def findings(variants):
         best = max(others, key=lambda n: mean(n, first))
         if lowest(best, first) - highest(name, first) > 0.05:
             lines.append(f"At the training length {name} attention reaches "
-                         f"{100 * mean(name, first):.1f} %, {best} {100 * mean(best, first):.1f} %: "
+                         f"{figure(mean(name, first))} %, {best} {figure(mean(best, first))} %: "
                          "a state of fixed size cannot hold what the task asks for.")
         else:
             lines.append(f"At the training length {name} attention is level with {best}.")

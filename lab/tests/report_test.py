@@ -90,6 +90,7 @@ class Figures(unittest.TestCase):
         self.assertEqual(report.figure(0.9999), "99.99")
         self.assertEqual(report.figure(0.9999999999), "99.999")
         self.assertEqual(report.figure(0.998), "99.8")
+        self.assertEqual(report.figure((0.998 + 0.999 + 0.999 + 0.997 + 0.999) / 5), "99.84")
         self.assertEqual(report.figure(0.99796), "99.8")
         self.assertEqual(report.figure(0.5), "50.0")
         self.assertEqual(report.figure(0.0), "0.0")
@@ -139,6 +140,7 @@ class Findings(unittest.TestCase):
         self.assertEqual(self.of(asentmax=[0.9, 0.0], softmax=[0.8])[0][-86:],
                          ": softmax is ahead in the mean, not on every seed (2 seeds of asentmax, 1 of softmax).")
         # Of two kinds that share their lowest seed, the one with the better mean.
+        self.assertIn("entmax solves 99.96 %", self.of(entmax=[0.9996], softmax=[0.1])[0])
         self.assertIn("asentmax solves 30.0 %", self.of(entmax=[0.0, 0.1], asentmax=[0.0, 0.6], softmax=[0.0])[0])
 
     def test_level(self):
