@@ -3,18 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <nlohmann/json.hpp>
-#include <set>
 #include <sstream>
 #include <utility>
 
+#include "fields.h"
+
 namespace flash_entmax::lab {
 namespace {
-
-using Json = nlohmann::json;
-
-template <typename T>
-using Names = std::vector<std::pair<const char*, T>>;
 
 const Names<AttentionKind>& AttentionNames() {
   static const Names<AttentionKind> names = {{"softmax", AttentionKind::kSoftmax},
@@ -48,118 +43,10 @@ const Names<Precision>& PrecisionNames() {
   return names;
 }
 
-template <typename T>
-const char* NameIn(const Names<T>& names, T value) {
-  for (const auto& [name, candidate] : names) {
-    if (candidate == value) return name;
-  }
-  return "";
-}
-
-// Reads the fields of one JSON object or writes them. The first error stays.
-class Fields {
- public:
-  // Reading.
-  Fields(const Json& object, std::string prefix, Status* status)
-      : object_(object), prefix_(std::move(prefix)), status_(status) {
-    if (!object_.is_object()) {
-      Fail(prefix_.substr(0, prefix_.size() - 1), object_.dump(), "a JSON object");
-    }
-  }
-
-  template <typename Integer>
-  void Whole(const char* key, Integer* value, int64_t low, int64_t high) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    if (!entry->is_number_integer() || *entry < low || *entry > high) {
-      return Fail(prefix_ + key, entry->dump(),
-                  "a whole number in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
-    }
-    *value = entry->get<Integer>();
-  }
-  void Real(const char* key, double* value, double low, double high) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    if (!entry->is_number() || !(*entry >= low && *entry <= high)) {
-      std::ostringstream range;
-      range << "a number in [" << low << ", " << high << "]";
-      return Fail(prefix_ + key, entry->dump(), range.str());
-    }
-    *value = entry->get<double>();
-  }
-  void Truth(const char* key, bool* value) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    if (!entry->is_boolean()) return Fail(prefix_ + key, entry->dump(), "true or false");
-    *value = entry->get<bool>();
-  }
-  void Text(const char* key, std::string* value) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    if (!entry->is_string()) return Fail(prefix_ + key, entry->dump(), "a string");
-    *value = entry->get<std::string>();
-  }
-  template <typename T>
-  void Choice(const char* key, T* value, const Names<T>& names) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    std::string all;
-    for (const auto& [name, candidate] : names) {
-      if (entry->is_string() && *entry == name) {
-        *value = candidate;
-        return;
-      }
-      all += (all.empty() ? "" : ", ") + std::string(name);
-    }
-    Fail(prefix_ + key, entry->dump(), "one of " + all);
-  }
-  void Reals(const char* key, std::vector<double>* values, double low, double high) {
-    const Json* entry = Find(key);
-    if (entry == nullptr) return;
-    bool good = entry->is_array() && !entry->empty();
-    if (good) {
-      for (const Json& item : *entry) good &= item.is_number() && item >= low && item <= high;
-    }
-    if (!good) {
-      std::ostringstream range;
-      range << "a list of numbers in [" << low << ", " << high << "]";
-      return Fail(prefix_ + key, entry->dump(), range.str());
-    }
-    *values = entry->get<std::vector<double>>();
-  }
-  const Json* Find(const char* key) {
-    known_.insert(key);
-    if (!status_->ok() || !object_.is_object()) return nullptr;
-    const auto found = object_.find(key);
-    return found == object_.end() ? nullptr : &*found;
-  }
-  // After every key has been asked for: the rest is unknown.
-  void Finish() {
-    if (!status_->ok() || !object_.is_object()) return;
-    for (const auto& [key, value] : object_.items()) {
-      if (known_.count(key) != 0) continue;
-      std::string all;
-      for (const std::string& name : known_) all += (all.empty() ? "" : ", ") + name;
-      return Fail(prefix_ + key, value.dump(), "left out, since the keys here are " + all);
-    }
-  }
-  void Fail(const std::string& key, const std::string& got, const std::string& allowed) {
-    if (!status_->ok()) return;
-    *status_ = Status::InvalidArgument((key.empty() ? "recipe" : key) + ": got " +
-                                       got.substr(0, 80) + "; must be " + allowed);
-  }
-
- private:
-  const Json& object_;
-  const std::string prefix_;
-  Status* status_;
-  std::set<std::string> known_;
-};
-
 constexpr int64_t kMany = int64_t{1} << 40;
 
-void ReadTask(const Json& json, TaskOptions* task, Status* status) {
-  Fields fields(json, "task.", status);
+template <typename Fields>
+void ListTask(Fields& fields, TaskOptions* task) {
   fields.Text("name", &task->name);
   fields.Whole("symbols", &task->symbols, 0, 65536);
   fields.Whole("modulus", &task->modulus, 2, 1024);
@@ -173,6 +60,7 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Whole("queries", &task->queries, 1, 64);
   fields.Real("few_pairs", &task->few_pairs, 0, 1);
   fields.Real("collisions", &task->collisions, 0, 1);
+  fields.Rare();
   fields.Real("key_collisions", &task->key_collisions, 0, 1);
   fields.Truth("crossed_keys", &task->crossed_keys);
   fields.Whole("easy_steps", &task->easy_steps, 0, kMany);
@@ -185,11 +73,16 @@ void ReadTask(const Json& json, TaskOptions* task, Status* status) {
   fields.Truth("end", &task->end);
   fields.Truth("repeat_queries", &task->repeat_queries);
   fields.Truth("own_slots", &task->own_slots);
+}
+
+void ReadTask(const Json& json, TaskOptions* task, Status* status) {
+  FieldReader fields(json, "task.", status);
+  ListTask(fields, task);
   fields.Finish();
 }
 
-void ReadModel(const Json& json, ModelConfig* model, Status* status) {
-  Fields fields(json, "model.", status);
+template <typename Fields>
+void ListModel(Fields& fields, ModelConfig* model) {
   fields.Whole("layers", &model->layers, 1, 128);
   fields.Whole("width", &model->width, 8, 16384);
   fields.Whole("mlp", &model->mlp, 8, 65536);
@@ -202,7 +95,13 @@ void ReadModel(const Json& json, ModelConfig* model, Status* status) {
   fields.Real("init", &model->init, 1e-6, 10.0);
   fields.Real("scaler_start", &model->scaler_start, 1.0 + 1e-6, 100.0);
   fields.Truth("scaler_random", &model->scaler_random);
+  fields.Rare();
   fields.Whole("zero_token", &model->zero_token, -1, 1 << 24);
+}
+
+void ReadModel(const Json& json, ModelConfig* model, Status* status) {
+  FieldReader fields(json, "model.", status);
+  ListModel(fields, model);
   fields.Finish();
   if (model->width % model->heads != 0) {
     fields.Fail("model.heads", std::to_string(model->heads),
@@ -225,8 +124,8 @@ void ReadModel(const Json& json, ModelConfig* model, Status* status) {
   }
 }
 
-void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
-  Fields fields(json, "training.", status);
+template <typename Fields>
+void ListTraining(Fields& fields, TrainingConfig* training) {
   fields.Whole("steps", &training->steps, 1, kMany);
   fields.Whole("batch", &training->batch, 1, 1 << 20);
   fields.Whole("min_length", &training->min_length, 1, 1 << 24);
@@ -244,6 +143,11 @@ void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
   fields.Whole("log_every", &training->log_every, 1, kMany);
   fields.Whole("evaluate_every", &training->evaluate_every, 0, kMany);
   fields.Whole("checkpoint_seconds", &training->checkpoint_seconds, 1, 86400);
+}
+
+void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
+  FieldReader fields(json, "training.", status);
+  ListTraining(fields, training);
   fields.Finish();
   if (training->min_length > training->max_length) {
     fields.Fail("training.min_length", std::to_string(training->min_length),
@@ -251,21 +155,41 @@ void ReadTraining(const Json& json, TrainingConfig* training, Status* status) {
   }
 }
 
-void ReadEvaluation(const Json& json, EvaluationConfig* evaluation, Status* status) {
-  Fields fields(json, "evaluation.", status);
+template <typename Fields>
+void ListEvaluation(Fields& fields, EvaluationConfig* evaluation) {
   fields.Whole("length", &evaluation->length, 1, 1 << 24);
   fields.Reals("multiples", &evaluation->multiples, 1.0 / 64, 65536);
   fields.Whole("samples", &evaluation->samples, 1, 1 << 24);
   fields.Whole("total_tokens", &evaluation->total_tokens, 0, kMany);
   fields.Whole("max_tokens", &evaluation->max_tokens, 1, kMany);
   fields.Whole("statistics_rows", &evaluation->statistics_rows, 0, 1 << 20);
+}
+
+void ReadEvaluation(const Json& json, EvaluationConfig* evaluation, Status* status) {
+  FieldReader fields(json, "evaluation.", status);
+  ListEvaluation(fields, evaluation);
   fields.Finish();
+}
+
+// The options as JSON. Rare fields are left out where they are as they are by default, so that
+// checkpoints from before there was a choice still match.
+template <typename Options>
+Json Written(Options options, void (*list)(FieldWriter&, Options*)) {
+  FieldWriter written, by_default;
+  list(written, &options);
+  Options defaults;
+  list(by_default, &defaults);
+  Json json = written.object();
+  for (const std::string& key : written.rare_keys()) {
+    if (json[key] == by_default.object()[key]) json.erase(key);
+  }
+  return json;
 }
 
 Expected<RunConfig> ReadRun(const Json& json) {
   RunConfig run;
   Status status;
-  Fields fields(json, "", &status);
+  FieldReader fields(json, "", &status);
   fields.Text("name", &run.recipe);
   fields.Text("variant", &run.variant);
   fields.Whole("seed", &run.seed, 0, kMany);
@@ -423,81 +347,18 @@ Expected<Recipe> ParseRecipe(const std::string& text, const std::string& name_fo
 }
 
 std::string RunToJson(const RunConfig& run) {
-  const TaskOptions& task = run.task;
-  const ModelConfig& model = run.model;
-  const TrainingConfig& training = run.training;
-  const EvaluationConfig& evaluation = run.evaluation;
-  Json json = {{"name", run.recipe},
-               {"variant", run.variant},
-               {"seed", run.seed},
-               {"task",
-                {{"name", task.name},
-                 {"symbols", task.symbols},
-                 {"modulus", task.modulus},
-                 {"distance", task.distance},
-                 {"items", task.items},
-                 {"write", task.write},
-                 {"read", task.read},
-                 {"key_symbols", task.key_symbols},
-                 {"value_symbols", task.value_symbols},
-                 {"vocabulary", task.vocabulary},
-                 {"queries", task.queries},
-                 {"few_pairs", task.few_pairs},
-                 {"collisions", task.collisions}}},
-               {"model",
-                {{"layers", model.layers},
-                 {"width", model.width},
-                 {"mlp", model.mlp},
-                 {"heads", model.heads},
-                 {"norm", NameIn(NormNames(), model.norm)},
-                 {"attention", NameOf(model.attention)},
-                 {"alpha", model.alpha},
-                 {"positions", NameOf(model.positions)},
-                 {"rope_base", model.rope_base},
-                 {"init", model.init},
-                 {"scaler_start", model.scaler_start},
-                 {"scaler_random", model.scaler_random}}},
-               {"training",
-                {{"steps", training.steps},
-                 {"batch", training.batch},
-                 {"min_length", training.min_length},
-                 {"max_length", training.max_length},
-                 {"learning_rate", training.learning_rate},
-                 {"warmup", training.warmup},
-                 {"final_rate", training.final_rate},
-                 {"beta1", training.beta1},
-                 {"beta2", training.beta2},
-                 {"weight_decay", training.weight_decay},
-                 {"clip", training.clip},
-                 {"precision", NameIn(PrecisionNames(), training.precision)},
-                 {"log_every", training.log_every},
-                 {"evaluate_every", training.evaluate_every},
-                 {"checkpoint_seconds", training.checkpoint_seconds}}},
-               {"evaluation",
-                {{"length", evaluation.length},
-                 {"multiples", evaluation.multiples},
-                 {"samples", evaluation.samples},
-                 {"total_tokens", evaluation.total_tokens},
-                 {"max_tokens", evaluation.max_tokens},
-                 {"statistics_rows", evaluation.statistics_rows}}}};
-  // Left out by default, so that checkpoints from before there was a choice still match.
-  if (training.optimizer != Optimizer::kAdamW) {
-    json["training"]["optimizer"] = NameIn(OptimizerNames(), training.optimizer);
-    json["training"]["muon_rate"] = training.muon_rate;
+  Json training = Written(run.training, ListTraining<FieldWriter>);
+  if (run.training.optimizer == Optimizer::kAdamW) {  // the only one there was at first
+    training.erase("optimizer");
+    training.erase("muon_rate");
   }
-  if (task.key_collisions > 0.0) json["task"]["key_collisions"] = task.key_collisions;
-  if (task.crossed_keys) json["task"]["crossed_keys"] = true;
-  if (task.easy_steps > 0) json["task"]["easy_steps"] = task.easy_steps;
-  if (task.few_symbols > 0.0) json["task"]["few_symbols"] = task.few_symbols;
-  if (task.fewest_symbols != 2) json["task"]["fewest_symbols"] = task.fewest_symbols;
-  if (task.most_symbols != 0) json["task"]["most_symbols"] = task.most_symbols;
-  if (task.prefix > 0.0) json["task"]["prefix"] = task.prefix;
-  if (task.shift > 0.0) json["task"]["shift"] = task.shift;
-  if (task.late > 0.0) json["task"]["late"] = task.late;
-  if (task.end) json["task"]["end"] = true;
-  if (task.repeat_queries) json["task"]["repeat_queries"] = true;
-  if (task.own_slots) json["task"]["own_slots"] = true;
-  if (model.zero_token >= 0) json["model"]["zero_token"] = model.zero_token;
+  const Json json = {{"name", run.recipe},
+                     {"variant", run.variant},
+                     {"seed", run.seed},
+                     {"task", Written(run.task, ListTask<FieldWriter>)},
+                     {"model", Written(run.model, ListModel<FieldWriter>)},
+                     {"training", std::move(training)},
+                     {"evaluation", Written(run.evaluation, ListEvaluation<FieldWriter>)}};
   return json.dump(2) + "\n";
 }
 

@@ -120,6 +120,26 @@ TEST(Config, RecipesAreValid) {
   EXPECT_GT(recipes, 20);
 }
 
+// What a field is called, and when it is left out, must not change: a run is only continued, and
+// only counts as done, where its run.json is the same text. Trials have options that are gone.
+TEST(Config, SavedRunsReadBackAsTheSameText) {
+  int runs = 0;
+  for (const auto& entry :
+       std::filesystem::recursive_directory_iterator(FLASH_ENTMAX_RECIPES "/../results")) {
+    const std::string path = entry.path().string();
+    if (entry.path().filename() != "run.json" || path.find("results/h") == std::string::npos)
+      continue;
+    SCOPED_TRACE(path);
+    ++runs;
+    const Expected<std::string> text = ReadFile(path);
+    ASSERT_TRUE(testing::IsOk(text.status()));
+    const Expected<RunConfig> run = ParseRun(*text);
+    ASSERT_TRUE(testing::IsOk(run.status()));
+    EXPECT_EQ(RunToJson(*run), *text);
+  }
+  EXPECT_GT(runs, 100);
+}
+
 TEST(Config, ChecksumOfKnownText) {
   // FNV-1a's published test value of "foobar".
   EXPECT_EQ(Checksum("foobar", 6), 0x85944171F73967E8u);
