@@ -5,6 +5,7 @@ Usage: report.py RESULTS... PAGE. Every RESULTS holds recipe/variant/seedN/resul
 library.
 """
 
+import collections
 import html
 import json
 import math
@@ -182,24 +183,29 @@ def findings(variants):
         return ("one seed each" if counts == [1, 1] else
                 f"{counts[0]} seed{'s' * (counts[0] > 1)} of {name}, {counts[1]} of softmax")
 
+    # Lengths of which the same is to be said share a sentence.
+    said = collections.defaultdict(list)
     for multiple in lengths:
         if "softmax" not in variants or not sparse:
             break
         best = max(sparse, key=lambda n: (lowest(n, multiple), mean(n, multiple)))
         lead = mean(best, multiple) - mean("softmax", multiple)
-        text = (f"At {multiple:g}× the training length {best} solves "
-                f"{figure(mean(best, multiple))} % of the sequences, softmax "
-                f"{figure(mean('softmax', multiple))} %")
         if lowest(best, multiple) - highest("softmax", multiple) > 0.05:
-            lines.append(f"{text}: " + (f"{seeds(best)}." if single else
-                                        f"every seed of {best} is ahead of every seed of softmax."))
+            verdict = seeds(best) if single else f"every seed of {best} is ahead of every seed of softmax"
         elif lowest("softmax", multiple) - highest(best, multiple) > 0.05:
-            lines.append(f"{text}: softmax is ahead" + (f" ({seeds(best)})." if single else "."))
+            verdict = "softmax is ahead" + (f" ({seeds(best)})" if single else "")
         elif abs(lead) > 0.05:
-            lines.append(f"{text}: {best if lead > 0 else 'softmax'} is ahead in the mean, not on every seed "
-                         f"({seeds(best)}).")
+            verdict = (f"{best if lead > 0 else 'softmax'} is ahead in the mean, not on every seed "
+                       f"({seeds(best)})")
         else:
             level.append(f"{multiple:g}×")
+            continue
+        said[best, verdict].append((f"{multiple:g}×", figure(mean(best, multiple)),
+                                    figure(mean("softmax", multiple))))
+    for (best, verdict), rows in said.items():
+        at_lengths, ours, softmax = (" / ".join(column) for column in zip(*rows))
+        lines.append(f"At {at_lengths} the training length {best} solves {ours} % of the sequences, "
+                     f"softmax {softmax} %: {verdict}.")
     if level:
         lines.append(f"At {', '.join(level)} sparse attention and softmax are level, "
                      f"within 5 points ({seeds(best)}).")

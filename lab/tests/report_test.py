@@ -130,6 +130,15 @@ class Findings(unittest.TestCase):
         self.assertEqual(self.of(asentmax=[0.9, 0.8], softmax=[0.1])[0][-36:],
                          ": 2 seeds of asentmax, 1 of softmax.")
 
+    def test_lengths_share_a_sentence(self):
+        self.assertEqual(report.findings({"entmax": [make({1: 1.0, 2: 0.9, 4: 0.7, 8: 0.0})],
+                                          "softmax": [make({1: 1.0, 2: 0.5, 4: 0.0, 8: 0.2})]}), [
+            "At 2× / 4× the training length entmax solves 90.0 / 70.0 % of the sequences, softmax 50.0 / 0.0 %: "
+            "one seed each.",
+            "At 8× the training length entmax solves 0.0 % of the sequences, softmax 20.0 %: softmax is ahead "
+            "(one seed each).",
+            "At 1× sparse attention and softmax are level, within 5 points (one seed each)."])
+
     def test_softmax_ahead(self):
         self.assertEqual(self.of(entmax=[0.1, 0.2], softmax=[0.9, 0.9])[0][-20:], "%: softmax is ahead.")
 
