@@ -17,9 +17,11 @@
 // without. Otherwise places beyond the longest source are the target's in every sample.
 //
 // For training only, in `late` of the samples of copy and reverse the target begins later: up to
-// half of it is left out, and the four symbols after that are given (fewer where less is left), for
-// the model to find the place by. A model that finds a symbol by its number in the target is wrong
-// in them: beyond the training length there are numbers that it has never seen.
+// half of it is left out, the four symbols after that are given, for the model to find the place
+// by, and one more is left at least. (With few symbols the four may stand elsewhere too: in 0.1 %
+// of such samples with 12 to 24, in 16 % with 2 to 8.) A model that finds a symbol by its number in
+// the target is wrong in these samples. Without them it is right in training, but beyond the
+// training length it meets numbers that it has never seen.
 
 #include <algorithm>
 
@@ -149,13 +151,13 @@ class ReorderingTask : public RandomSymbolsTask {
   static void BeginLate(Sample* sample, Random& random) {
     constexpr int64_t kGiven = 4;
     const int64_t targets = std::count(sample->target.begin(), sample->target.end(), 1);
-    const int64_t left_out = random.Integer(0, targets / 2);
+    const int64_t most = std::min(targets / 2, targets - kGiven - 1);
+    const int64_t left_out = most > 0 ? random.Integer(0, most) : 0;
     if (left_out == 0) return;
     const auto first = sample->tokens.end() - targets;
     sample->tokens.erase(first, first + left_out);
     sample->target.resize(sample->tokens.size());
-    const int64_t given = std::min(kGiven, targets - left_out - 1);
-    std::fill_n(sample->target.end() - (targets - left_out), given, 0);
+    std::fill_n(sample->target.end() - (targets - left_out), kGiven, 0);
   }
 };
 

@@ -368,47 +368,73 @@ TEST(Tasks, TrainingSamplesCanBeShifted) {
   }
 }
 
-// In training up to half of the target can be left out, and four symbols after that be given.
+// In training up to half of the target can be left out, and the four symbols after that be given.
 TEST(Tasks, TrainingTargetsCanBeginLate) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(testing::TestSeed());
+  constexpr int64_t kBegin = 32, kSeparator = 33;
   TaskOptions options;
-  options.late = 0.5;
-  options.prefix = 0.5;
   for (const char* name : {"copy", "reverse"}) {
-    SCOPED_TRACE(name);
-    options.name = name;
-    const std::unique_ptr<Task> task = Make(options);
-    const int64_t length = 40, separator = task->vocabulary() - 2;
-    const auto given = [&](const Sample& sample) {
-      const auto at = std::find(sample.tokens.begin(), sample.tokens.end(), separator);
-      const auto first = std::find(sample.target.begin(), sample.target.end(), 1);
-      return (first - sample.target.begin()) - (at - sample.tokens.begin()) - 1;
-    };
-    std::map<int64_t, int> seen;
-    for (int i = 0; i < 1000; ++i) {
-      const Sample sample = task->GenerateForTraining(length, 0, random);
-      CheckSample(*task, length, sample);
-      ++seen[given(sample)];
-      const Sample plain = task->Generate(length, random);
-      ASSERT_EQ(given(plain), 0);
-      ASSERT_EQ(std::count(plain.target.begin(), plain.target.end(), 1), length);
-    }
-    EXPECT_EQ(seen.size(), 2u);
-    EXPECT_NEAR(seen[0], 527, 100);
-    EXPECT_NEAR(seen[4], 473, 100);
-    for (int64_t few = 1; few <= 12; ++few) {  // a target is left, however short the source is
-      for (int i = 0; i < 20; ++i) {
-        CheckSample(*task, few, task->GenerateForTraining(few, 0, random));
+    for (const bool end : {false, true}) {
+      SCOPED_TRACE(name);
+      options = {};
+      options.name = name;
+      options.symbols = kBegin;
+      options.end = end;
+      options.late = 0.25;
+      // Checks a sample; how many symbols of its target are left out.
+      const auto left_out = [&](const Task& task, int64_t length, const Sample& sample) {
+        CheckSample(task, length, sample);
+        const auto begin = std::find(sample.tokens.begin(), sample.tokens.end(), kBegin);
+        const auto separator = std::find(begin, sample.tokens.end(), kSeparator);
+        const int64_t source = separator - begin - 1;
+        const int64_t target = sample.tokens.end() - separator - 1 - (end ? 1 : 0);
+        const int64_t asked = std::count(sample.target.begin(), sample.target.end(), 1);
+        EXPECT_EQ(target + (end ? 1 : 0) - asked, target < source ? 4 : 0);
+        return source - target;
+      };
+      const int64_t length = 40;
+      const std::unique_ptr<Task> quarter = Make(options);
+      std::map<int64_t, int> seen;
+      for (int i = 0; i < 2000; ++i) {
+        ++seen[left_out(*quarter, length, quarter->GenerateForTraining(length, 0, random))];
+        ASSERT_EQ(left_out(*quarter, length, quarter->Generate(length, random)), 0);
+      }
+      ASSERT_EQ(seen.size(), 21u);  // 0 to 20, in a quarter of the samples alike
+      ASSERT_EQ(seen.begin()->first, 0);
+      EXPECT_NEAR(seen[0], 1524, 110);
+      double sum = 0.0;
+      for (const auto& [symbols, samples] : seen) sum += static_cast<double>(symbols) * samples;
+      EXPECT_NEAR(sum / (2000 - seen[0]), 10.5, 1.5);
+
+      // Together with other options, and where less is left than half: four are given, one asked.
+      options.late = 1.0;
+      options.prefix = 0.3;
+      options.shift = 0.3;
+      const std::unique_ptr<Task> all = Make(options);
+      for (int64_t few = 1; few <= 12; ++few) {
+        int64_t most = 0;
+        for (int i = 0; i < 200; ++i) {
+          most = std::max(most, left_out(*all, few, all->GenerateForTraining(few, 0, random)));
+        }
+        EXPECT_EQ(most, std::max<int64_t>(std::min(few / 2, few - 5), 0)) << few;
       }
     }
   }
+  // Where no sample begins late, no number is drawn for it.
+  options = {};
+  options.name = "copy";
+  const std::unique_ptr<Task> plain = Make(options);
+  Random one(testing::TestSeed()), other(testing::TestSeed());
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(plain->GenerateForTraining(40, 0, one).tokens, plain->Generate(40, other).tokens);
+  }
   options.name = "sort";  // what stands before is not told by four symbols
+  options.late = 1.0;
   const std::unique_ptr<Task> sort = Make(options);
   for (int i = 0; i < 100; ++i) {
     const Sample sample = sort->GenerateForTraining(40, 0, random);
-    const auto at = std::find(sample.tokens.begin(), sample.tokens.end(), sort->vocabulary() - 2);
-    ASSERT_EQ(sample.target[static_cast<size_t>(at - sample.tokens.begin() + 1)], 1);
+    ASSERT_EQ(std::count(sample.target.begin(), sample.target.end(), 1), 40);
   }
 }
 
