@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "cpu/attention_panel.h"
+#include "cpu/compress-inl.h"
 #include "cpu/scores-inl.h"
 #include "cpu/threshold-inl.h"
 #include "cpu/tile-inl.h"
@@ -40,13 +41,13 @@ constexpr size_t ListPadding() {
 template <class D, class DI>
 HWY_INLINE size_t CompressEntries(D d, DI di, hn::Vec<D> score, hn::Vec<DI> key, hn::Mask<D> mask,
                                   hn::TFromD<D>* score_out, int32_t* key_out) {
-  hn::StoreU(hn::Compress(score, mask), d, score_out);
+  hn::StoreU(CompressLanes(d, score, mask), d, score_out);
   if constexpr (sizeof(hn::TFromD<D>) == sizeof(int32_t)) {
-    hn::StoreU(hn::Compress(key, hn::RebindMask(di, mask)), di, key_out);
+    hn::StoreU(CompressLanes(di, key, hn::RebindMask(di, mask)), di, key_out);
   } else {
     uint8_t bits[8] = {};
     hn::StoreMaskBits(d, mask, bits);
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, key_out);
+    hn::StoreU(CompressBits(di, key, bits[0]), di, key_out);
   }
   return hn::CountTrue(d, mask);
 }

@@ -19,6 +19,7 @@
 
 #include "cpu/backward-inl.h"
 #include "cpu/backward_kernels.h"
+#include "cpu/compress-inl.h"
 #include "cpu/scores-inl.h"
 #include "cpu/threshold-inl.h"
 #include "cpu/tile-inl.h"
@@ -45,11 +46,12 @@ void AppendFound(const T* HWY_RESTRICT scores, int32_t first_key, T limit,
   for (size_t i = 0; i < TileWidth<T>(); i += lanes) {
     const auto s = hn::LoadU(d, scores + i);
     const auto above = hn::Gt(s, hn::Set(d, limit));
-    hn::StoreU(hn::Compress(s, above), d, found->score.data() + found->count);
+    hn::StoreU(CompressLanes(d, s, above), d, found->score.data() + found->count);
     uint8_t bits[8] = {};
     hn::StoreMaskBits(d, above, bits);
+    const uint32_t set = uint32_t{bits[0]} | uint32_t{bits[1]} << 8;
     const auto key = hn::Iota(di, first_key + static_cast<int32_t>(i));
-    hn::StoreU(hn::Compress(key, hn::LoadMaskBits(di, bits)), di, found->key.data() + found->count);
+    hn::StoreU(CompressBits(di, key, set), di, found->key.data() + found->count);
     found->count += hn::CountTrue(d, above);
   }
 }

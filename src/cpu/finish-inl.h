@@ -18,6 +18,7 @@
 
 #include "cpu/attention_panel.h"
 #include "cpu/candidates-inl.h"
+#include "cpu/compress-inl.h"
 #include "cpu/prefetch.h"
 #include "cpu/threshold-inl.h"
 #include "hwy/highway.h"
@@ -113,7 +114,7 @@ void Probabilities(const Solution& solution, CandidateList<T>* list, T* probabil
     const auto positive = hn::Gt(value, hn::Zero(dt));
     const auto score = hn::LoadU(dt, scores + i);
     const auto key = hn::LoadU(di, keys + i);
-    hn::StoreU(hn::Compress(value, positive), dt, probability + kept);
+    hn::StoreU(CompressLanes(dt, value, positive), dt, probability + kept);
     kept += CompressEntries(dt, di, score, key, positive, scores + kept, keys + kept);
   }
   list->count = kept;

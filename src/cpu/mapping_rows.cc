@@ -10,6 +10,7 @@
 #define HWY_TARGET_INCLUDE "cpu/mapping_rows.cc"
 #include "hwy/foreach_target.h"
 // Must follow foreach_target.h, which includes this file once for every instruction set.
+#include "cpu/compress-inl.h"
 #include "cpu/rows-inl.h"
 #include "cpu/threshold-inl.h"
 #include "hwy/highway.h"
@@ -88,7 +89,7 @@ size_t CompressAbove(const T* HWY_RESTRICT scores, size_t n, T bound, T* HWY_RES
   size_t count = 0;
   ForEachVector(d, scores, n, [&](auto v, size_t, size_t) HWY_ATTR {
     const auto above = hn::Gt(v, limit);
-    hn::StoreU(hn::Compress(v, above), d, out + count);
+    hn::StoreU(CompressLanes(d, v, above), d, out + count);
     count += hn::CountTrue(d, above);
   });
   const auto lowest = hn::Set(d, -std::numeric_limits<T>::infinity());

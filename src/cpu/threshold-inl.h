@@ -30,6 +30,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/compress-inl.h"
 #include "cpu/curve.h"
 #include "cpu/powers-inl.h"
 #include "hwy/highway.h"
@@ -321,7 +322,7 @@ size_t CopyAbove(const T* HWY_RESTRICT scores, size_t n, T bound, T* HWY_RESTRIC
   for (size_t i = 0; i < n; i += hn::Lanes(d)) {
     const auto s = hn::LoadU(d, scores + i);
     const auto above = hn::Gt(s, limit);
-    hn::StoreU(hn::Compress(s, above), d, out + count);
+    hn::StoreU(CompressLanes(d, s, above), d, out + count);
     count += hn::CountTrue(d, above);
   }
   const auto lowest = hn::Set(d, -std::numeric_limits<T>::infinity());

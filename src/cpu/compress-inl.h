@@ -1,0 +1,68 @@
+// Lanes of a vector that a mask selects, moved to its beginning.
+
+#if defined(FLASH_ENTMAX_SRC_CPU_COMPRESS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASH_ENTMAX_SRC_CPU_COMPRESS_INL_H_
+#undef FLASH_ENTMAX_SRC_CPU_COMPRESS_INL_H_
+#else
+#define FLASH_ENTMAX_SRC_CPU_COMPRESS_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/compress_tables.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flash_entmax::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// The lanes of `v` whose bits are set; what stands behind them is not defined.
+//
+// Highway 1.0 keeps the tables that AVX2 and SSE4 need for this in local arrays, and GCC then
+// copies up to a kilobyte to the stack for every vector, which takes longer than all else. Here
+// they are static.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V CompressBits(D d, V v, uint32_t bits) {
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+  constexpr size_t kLane = sizeof(hn::TFromD<D>);
+  if constexpr (hn::MaxLanes(D()) * kLane == 32) {
+    const hn::Repartition<uint32_t, D> du32;
+    const hn::Rebind<uint8_t, decltype(du32)> du8;
+    const uint8_t* order = kWordsOf<kLane>.data() + size_t{8} * bits;
+    const auto index = hn::PromoteTo(hn::RebindToSigned<decltype(du32)>(), hn::Load(du8, order));
+    return hn::BitCast(d,
+                       hn::TableLookupLanes(hn::BitCast(du32, v), hn::IndicesFromVec(du32, index)));
+  } else {
+    const hn::Repartition<uint8_t, D> du8;
+    const uint8_t* order = kBytesOf<kLane>.data() + size_t{16} * bits;
+    return hn::BitCast(d, hn::TableLookupBytes(hn::BitCast(du8, v), hn::LoadU(du8, order)));
+  }
+#else
+  uint8_t bytes[8] = {};
+  hwy::CopyBytes<sizeof(bits)>(&bits, bytes);
+  return hn::Compress(v, hn::LoadMaskBits(d, bytes));
+#endif
+}
+
+// The lanes of `v` that `mask` selects, in the same way.
+template <class D, class V = hn::Vec<D>, class M = hn::Mask<D>>
+HWY_INLINE V CompressLanes(D d, V v, M mask) {
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+  uint8_t bits[8];
+  hn::StoreMaskBits(d, mask, bits);
+  return CompressBits(d, v, bits[0]);
+#else
+  (void)d;
+  return hn::Compress(v, mask);
+#endif
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace flash_entmax::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // FLASH_ENTMAX_SRC_CPU_COMPRESS_INL_H_
