@@ -18,6 +18,7 @@
 #include "cpu/packed_inputs.h"
 #include "cpu/parallel.h"
 #include "cpu/saved_support.h"
+#include "cpu/screen_int7.h"
 #include "cpu/screen_int8.h"
 #include "flash_entmax/machine.h"
 #include "math/element.h"
@@ -90,13 +91,13 @@ class ForwardRun {
     if (saved_ != nullptr) saved_layout_.WriteHeader(saved_);
     // Lists of keys, which softmax has only to report its support.
     if (AnySparse(resolved) || (AnySoftmax(resolved) && outputs.support != nullptr)) {
-      keys_by_row_.emplace(problem, resolved, shape_, packed_, Screens(resolved, shape_, options),
-                           options.num_threads);
+      keys_by_row_.emplace(problem, resolved, shape_, packed_,
+                           ScreeningOf(resolved, shape_, options), options.num_threads);
     }
     for (PanelMemory<T>& memory : threads_) {
       memory.query.resize(static_cast<size_t>(rows_per_panel_ * query_stride_));
-      memory.rounded_query.resize(
-          static_cast<size_t>(rows_per_panel_ * ScreenDepth(resolved.head_size)));
+      memory.rounded_query.resize(static_cast<size_t>(ScreenBytes(
+          ScreeningOf(resolved, shape_, options), rows_per_panel_, resolved.head_size)));
     }
   }
 
@@ -116,13 +117,17 @@ class ForwardRun {
                        [](double alpha) { return alpha < 1.0; });
   }
 
-  // Whether keys are rejected by products of 8-bit integers: where the machine has them and the
-  // float tile has their shape.
-  static bool Screens(const ResolvedAttention& resolved, const PanelShape& shape,
-                      const AttentionOptions& options) {
-    return std::is_same_v<T, float> && options.screening && CanScreen() &&
-           shape.rows_per_group == kScreenRows && shape.keys_per_block == kScreenKeys &&
-           resolved.head_size <= kMaxScreenDepth && AnySparse(resolved);
+  // What keys are rejected with: what the machine has for the shape of the float tile.
+  static Screening ScreeningOf(const ResolvedAttention& resolved, const PanelShape& shape,
+                               const AttentionOptions& options) {
+    if (!std::is_same_v<T, float> || !options.screening || !AnySparse(resolved) ||
+        resolved.head_size > kMaxScreenDepth) {
+      return Screening::kNone;
+    }
+    if (CanScreenInt8() && shape.rows_per_group == kInt8Rows && shape.keys_per_block == kInt8Keys) {
+      return Screening::kInt8;
+    }
+    return CanScreenInt7() ? Screening::kInt7 : Screening::kNone;
   }
 
   Status Run(const AttentionOptions& options) {
@@ -348,12 +353,13 @@ void FillPlan(const AttentionProblem& problem, const ResolvedAttention& resolved
     plan->workspace_bytes += plan->num_threads * (row + copies * groups * group);
   }
   if (!ForwardRun<T>::AnySparse(resolved)) return;
-  const bool screening = ForwardRun<T>::Screens(resolved, shape, options);
+  const Screening screening = ForwardRun<T>::ScreeningOf(resolved, shape, options);
   for (const Sequence& sequence : resolved.sequences) {
     plan->workspace_bytes +=
         resolved.kv_heads * KeysByRow<T>::Bytes(problem, resolved, sequence, shape, screening);
   }
-  if (screening) plan->path += ", keys rejected by 8-bit products";
+  if (screening == Screening::kInt8) plan->path += ", keys rejected by 8-bit products";
+  if (screening == Screening::kInt7) plan->path += ", keys rejected by 7-bit products";
 }
 
 }  // namespace

@@ -9,9 +9,9 @@
 //      the scores above become the rows' candidate lists. A row that has no more keys ends here.
 //   2. Search (search-inl.h), in chunks that double: which of the chunk's keys may be above the
 //      bounds? Blocks whose largest possible score is not, by their norm and position, are skipped;
-//      the others are tested by a register tile of 8-bit products with a certified error
-//      (screen_int8.h), or of T where the machine or the numbers do not allow that. A tile leaves
-//      nothing behind but the few keys that passed.
+//      the others are tested by a register tile of products of 7- or 8-bit integers with a
+//      certified error (screening.h), or of T where the machine or the numbers do not allow that. A
+//      tile leaves nothing behind but the few keys that passed.
 //   3. After a chunk the keys that passed are scored exactly, each alone, from rows of the keys;
 //      those above the bound join the list, and two Newton steps raise the bound. A chunk sees the
 //      bounds as they were at its start, so results do not depend on how its keys were tested.
@@ -140,21 +140,25 @@ void PrepareGroup(const PanelInput<T>& input, int64_t index, PanelMemory<T>* mem
   std::fill_n(group->limit, kPaddedRows, Infinity<T>());
 }
 
-// The 8-bit rows of a group, if its keys are screened.
+// The rows of a group as small integers, if its keys are screened.
 template <typename T>
 void RoundGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& unit,
                 PanelMemory<T>* memory, GroupSearch<T>* group) {
-  if constexpr (std::is_same_v<T, float> && kTileRows == kScreenRows) {
-    if (input.table.rounded == nullptr || input.modifiers.bias) return;
-    // Padded to a multiple of 64 bytes by its own size.
-    const auto bytes = static_cast<size_t>(kScreenRows * ScreenDepth(input.head_size));
-    int8_t* rounded = memory->rounded_query.data() + static_cast<size_t>(index) * bytes;
-    if (RoundQueries(group->query, static_cast<size_t>(input.query_stride),
-                     static_cast<size_t>(input.head_size),
-                     unit.Serves(static_cast<size_t>(input.head_size)), rounded,
-                     &group->screen_rows)) {
-      group->rounded_query = rounded;
+  if constexpr (std::is_same_v<T, float>) {
+    const Screening screening = input.table.screening;
+    if (screening == Screening::kNone || input.modifiers.bias) return;
+    uint8_t* rounded = memory->rounded_query.data() +
+                       index * ScreenBytes(screening, int64_t{kTileRows}, input.head_size);
+    const auto stride = static_cast<size_t>(input.query_stride);
+    const auto depth = static_cast<size_t>(input.head_size);
+    bool finite = false;
+    if (screening == Screening::kInt8) {
+      finite = RoundQueriesInt8(group->query, stride, depth, unit.Serves(depth),
+                                reinterpret_cast<int8_t*>(rounded), &group->screen_rows);
+    } else {
+      finite = RoundQueriesToInt7(group->query, stride, depth, rounded, &group->screen_rows);
     }
+    if (finite) group->rounded_query = rounded;
   }
 }
 

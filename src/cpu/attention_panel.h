@@ -9,7 +9,7 @@
 #include "cpu/aligned_array.h"
 #include "cpu/curve.h"
 #include "cpu/saved_support.h"
-#include "cpu/screen_int8.h"
+#include "cpu/screening.h"
 #include "flash_entmax/tensor.h"
 #include "math/visible_keys.h"
 
@@ -71,8 +71,8 @@ struct KeyTable {
   int64_t row_stride = 0;
   const KeyBlockBound* bounds = nullptr;  // One a block.
   float largest_norm = 0.0f;              // Over all blocks.
-  // [block][ScreenDepth/4][kScreenKeys][4], see screen_int8.h; null if keys are not screened.
-  const uint8_t* rounded = nullptr;
+  Screening screening = Screening::kNone;
+  const uint8_t* rounded = nullptr;  // Block after block, see RoundKeysInt8() and …Int7().
 };
 
 template <typename T>
@@ -110,7 +110,7 @@ template <typename T>
 struct PanelMemory {
   ScreenHits hits;  // The most aligned first.
   AlignedVector<T> query;
-  std::vector<int8_t> rounded_query;
+  std::vector<uint8_t> rounded_query;
   AlignedVector<T> scores;
   AlignedVector<T> probability[2];  // Of a row and the one before.
   std::vector<CandidateList<T>> lists;

@@ -1,4 +1,5 @@
-// The second form of the keys that the candidate path reads: rows, norms and 8-bit blocks.
+// The second form of the keys that the candidate path reads: rows, norms and blocks of small
+// integers.
 
 #ifndef FLASH_ENTMAX_SRC_CPU_KEYS_BY_ROW_H_
 #define FLASH_ENTMAX_SRC_CPU_KEYS_BY_ROW_H_
@@ -12,9 +13,11 @@
 #include <vector>
 
 #include "attention_resolved.h"
+#include "cpu/aligned_array.h"
 #include "cpu/attention_panel.h"
 #include "cpu/packed_inputs.h"
 #include "cpu/parallel.h"
+#include "cpu/screen_int7.h"
 #include "cpu/screen_int8.h"
 #include "math/element.h"
 
@@ -35,7 +38,7 @@ class KeysByRow {
 
   // Bytes of one sequence and KV head.
   static int64_t Bytes(const AttentionProblem& problem, const ResolvedAttention& resolved,
-                       const Sequence& sequence, const PanelShape& shape, bool screening) {
+                       const Sequence& sequence, const PanelShape& shape, Screening screening) {
     const int64_t blocks =
         (sequence.mask.key_length + shape.keys_per_block - 1) / shape.keys_per_block;
     int64_t bytes = blocks * static_cast<int64_t>(sizeof(KeyBlockBound));
@@ -43,12 +46,12 @@ class KeysByRow {
       bytes +=
           sequence.mask.key_length * RowStride(resolved, shape) * static_cast<int64_t>(sizeof(T));
     }
-    if (screening) bytes += blocks * kScreenKeys * ScreenDepth(resolved.head_size);
-    return bytes;
+    return bytes + ScreenBytes(screening, blocks * shape.keys_per_block, resolved.head_size);
   }
 
   KeysByRow(const AttentionProblem& problem, const ResolvedAttention& resolved,
-            const PanelShape& shape, const PackedInputs<T>& packed, bool screening, int num_threads)
+            const PanelShape& shape, const PackedInputs<T>& packed, Screening screening,
+            int num_threads)
       : problem_(problem), resolved_(resolved), shape_(shape), screening_(screening) {
     const auto sequences = static_cast<int64_t>(resolved.sequences.size());
     heads_.resize(static_cast<size_t>(sequences * resolved.kv_heads));
@@ -86,6 +89,7 @@ class KeysByRow {
     table.row_stride = storage.row_stride;
     table.bounds = storage.bounds.get();
     table.largest_norm = storage.largest_norm;
+    table.screening = screening_;
     table.rounded = storage.rounded.get();
     return table;
   }
@@ -105,7 +109,7 @@ class KeysByRow {
     int64_t row_stride = 0;
     int64_t blocks = 0;
     std::unique_ptr<KeyBlockBound[]> bounds;
-    std::unique_ptr<uint8_t[]> rounded;
+    AlignedArray<uint8_t> rounded;
     float largest_norm = 0.0f;
   };
 
@@ -131,10 +135,14 @@ class KeysByRow {
       storage.rows.reset(new T[static_cast<size_t>(sequence.mask.key_length * storage.row_stride)]);
     }
     storage.bounds = std::make_unique<KeyBlockBound[]>(static_cast<size_t>(storage.blocks));
-    if (screening_) {
-      storage.rounded.reset(new uint8_t[static_cast<size_t>(storage.blocks * kScreenKeys *
-                                                            ScreenDepth(resolved_.head_size))]);
+    if (screening_ != Screening::kNone) {
+      storage.rounded = MakeAligned<uint8_t>(static_cast<size_t>(RoundedOffset(storage.blocks)));
     }
+  }
+
+  // Bytes of so many rounded blocks.
+  int64_t RoundedOffset(int64_t blocks) const {
+    return ScreenBytes(screening_, blocks * shape_.keys_per_block, resolved_.head_size);
   }
 
   void Fill(const Piece& piece, const PackedInputs<T>& packed) {
@@ -148,9 +156,11 @@ class KeysByRow {
       KeyBlockBound& bound = storage.bounds[b];
       bound.norm = LargestNorm(block, width, depth);
       if constexpr (std::is_same_v<T, float>) {
-        if (screening_) {
-          RoundKeys(block, static_cast<size_t>(depth),
-                    storage.rounded.get() + b * kScreenKeys * ScreenDepth(depth), &bound);
+        uint8_t* rounded = storage.rounded.get() + RoundedOffset(b);
+        if (screening_ == Screening::kInt8) {
+          RoundKeysInt8(block, static_cast<size_t>(depth), rounded, &bound);
+        } else if (screening_ == Screening::kInt7) {
+          RoundKeysInt7(block, static_cast<size_t>(depth), rounded, &bound);
         }
       }
       if (storage.in_place != nullptr) continue;
@@ -181,7 +191,7 @@ class KeysByRow {
   const AttentionProblem& problem_;
   const ResolvedAttention& resolved_;
   PanelShape shape_;
-  bool screening_;
+  Screening screening_;
   std::vector<Storage> heads_;
 };
 

@@ -38,9 +38,6 @@ float RoundUpNorm(float square, size_t depth) {
   return NormFromSquare(static_cast<double>(square), static_cast<int64_t>(depth));
 }
 
-// Below this a row or block is rounded to zeros, so that no scale overflows.
-constexpr float kSmallest = 1e-30f;
-
 // Adds the products of four unsigned and four signed bytes. Not the intrinsic, because GCC 12 then
 // copies every accumulator at every step, which costs four times the products.
 FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void MultiplyAdd(__m512i keys,
@@ -51,7 +48,7 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void MultiplyAdd(__m512i
 
 }  // namespace
 
-bool CanScreen() {
+bool CanScreenInt8() {
   static const bool can = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl") &&
@@ -59,17 +56,18 @@ bool CanScreen() {
   return can;
 }
 
-FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t depth,
-                                    bool matrix_unit, int8_t* rounded, ScreenRows* rows) {
+FLASH_ENTMAX_VNNI bool RoundQueriesInt8(const float* query, size_t stride, size_t depth,
+                                        bool matrix_unit, int8_t* rounded, ScreenRows* rows) {
   rows->matrix_unit = matrix_unit;
-  const auto padded = static_cast<size_t>(ScreenDepth(static_cast<int64_t>(depth)));
-  for (int r = kScreenRows; r < 16; ++r) {
+  const auto padded =
+      static_cast<size_t>(ScreenDepth(Screening::kInt8, static_cast<int64_t>(depth)));
+  for (int r = kInt8Rows; r < 16; ++r) {
     rows->norm[r] = rows->rounding[r] = 0.0f;
     rows->inverse_scale[r] = 0.0f;
     rows->offset[r] = 0;
   }
   const __m512 sign = _mm512_set1_ps(-0.0f);
-  for (int r = 0; r < kScreenRows; ++r) {
+  for (int r = 0; r < kInt8Rows; ++r) {
     const float* row = query + static_cast<size_t>(r) * stride;
     __m512 largest = _mm512_setzero_ps();
     __m512 square = _mm512_setzero_ps();
@@ -82,7 +80,7 @@ FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t de
     rows->norm[r] = RoundUpNorm(_mm512_reduce_add_ps(square), depth);
     if (!(rows->norm[r] < kLargestScreenNorm)) return false;
     const float top = _mm512_reduce_max_ps(largest);
-    const float inverse = top < kSmallest ? 0.0f : 127.0f / top;
+    const float inverse = top < kSmallestScreened ? 0.0f : 127.0f / top;
     const float scale = top / 127.0f;
     const __m512 vinverse = _mm512_set1_ps(inverse);
     const __m512 vscale = _mm512_set1_ps(scale);
@@ -98,16 +96,16 @@ FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t de
       alignas(16) int8_t bytes[16];
       _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtsepi32_epi8(n));
       if (matrix_unit) {  // 64 elements of a row stand together.
-        std::memcpy(rounded + e / 64 * 64 * kScreenRows + static_cast<size_t>(r) * 64 + e % 64,
-                    bytes, 16);
+        std::memcpy(rounded + e / 64 * 64 * kInt8Rows + static_cast<size_t>(r) * 64 + e % 64, bytes,
+                    16);
         continue;
       }
       // Four elements of every row stand together.
       for (size_t k = 0; k < 16 && e + k < padded; k += 4) {
-        std::memcpy(rounded + ((e + k) * kScreenRows + static_cast<size_t>(r) * 4), bytes + k, 4);
+        std::memcpy(rounded + ((e + k) * kInt8Rows + static_cast<size_t>(r) * 4), bytes + k, 4);
       }
     }
-    // The limits are divided by the scale that this number stands for; see ScreenTile().
+    // The limits are divided by the scale that this number stands for; see ScreenTileInt8().
     rows->inverse_scale[r] = inverse;
     // The rest is itself rounded: an error of half an ulp of each element.
     rows->rounding[r] = RoundUpNorm(_mm512_reduce_add_ps(error), depth) + 1.2e-7f * rows->norm[r];
@@ -116,21 +114,21 @@ FLASH_ENTMAX_VNNI bool RoundQueries(const float* query, size_t stride, size_t de
   return true;
 }
 
-FLASH_ENTMAX_VNNI void RoundKeys(const float* block, size_t depth, uint8_t* rounded,
-                                 KeyBlockBound* bound) {
+FLASH_ENTMAX_VNNI void RoundKeysInt8(const float* block, size_t depth, uint8_t* rounded,
+                                     KeyBlockBound* bound) {
   if (!(bound->norm < kLargestScreenNorm)) return;
   const __m512 sign = _mm512_set1_ps(-0.0f);
   __m512 largest = _mm512_setzero_ps();
-  for (size_t i = 0; i < depth * kScreenKeys; i += 16) {
+  for (size_t i = 0; i < depth * kInt8Keys; i += 16) {
     largest = _mm512_max_ps(largest, _mm512_andnot_ps(sign, _mm512_loadu_ps(block + i)));
   }
   const float top = _mm512_reduce_max_ps(largest);
-  const float inverse = top < kSmallest ? 0.0f : 127.0f / top;
+  const float inverse = top < kSmallestScreened ? 0.0f : 127.0f / top;
   const __m512 vinverse = _mm512_set1_ps(inverse);
   const __m512 vscale = _mm512_set1_ps(top / 127.0f);
   float rounding = 0.0f;
   float rounded_norm = 0.0f;
-  for (size_t half = 0; half < kScreenKeys; half += 16) {
+  for (size_t half = 0; half < kInt8Keys; half += 16) {
     __m512 error = _mm512_setzero_ps();
     __m512 square = _mm512_setzero_ps();
     for (size_t e = 0; e < depth; e += 4) {
@@ -138,7 +136,7 @@ FLASH_ENTMAX_VNNI void RoundKeys(const float* block, size_t depth, uint8_t* roun
       for (size_t k = 0; k < 4; ++k) {
         __m512i n = _mm512_setzero_si512();
         if (e + k < depth) {
-          const __m512 x = _mm512_loadu_ps(block + (e + k) * kScreenKeys + half);
+          const __m512 x = _mm512_loadu_ps(block + (e + k) * kInt8Keys + half);
           n = _mm512_cvtps_epi32(_mm512_mul_ps(x, vinverse));
           const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(n), vscale);
           const __m512 rest = _mm512_sub_ps(x, y);
@@ -148,7 +146,7 @@ FLASH_ENTMAX_VNNI void RoundKeys(const float* block, size_t depth, uint8_t* roun
         n = _mm512_add_epi32(n, _mm512_set1_epi32(128));
         packed = _mm512_or_si512(packed, _mm512_sllv_epi32(n, _mm512_set1_epi32(int(8 * k))));
       }
-      _mm512_storeu_si512(rounded + (e * kScreenKeys + half * 4), packed);
+      _mm512_storeu_si512(rounded + (e * kInt8Keys + half * 4), packed);
     }
     rounding = std::max(rounding, _mm512_reduce_max_ps(error));
     rounded_norm = std::max(rounded_norm, _mm512_reduce_max_ps(square));
@@ -171,7 +169,7 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) bool StartOfSums(const S
   const __m512 raw = _mm512_loadu_ps(limit);
   // No product of the block can be above the limits of all rows. Rounding: the norms have room.
   const __m512 largest = _mm512_mul_ps(norm, _mm512_set1_ps(bound.norm));
-  const __mmask16 rows_mask = (1u << kScreenRows) - 1;
+  const __mmask16 rows_mask = (1u << kInt8Rows) - 1;
   const __m512 margin = _mm512_fnmadd_ps(largest, _mm512_set1_ps(slack), raw);
   const __mmask16 open = _mm512_mask_cmp_ps_mask(rows_mask, largest, margin, _CMP_NLE_UQ);
   if (open == 0) return false;
@@ -197,17 +195,17 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) bool StartOfSums(const S
 
 // Appends the rows of which a sum is at or above zero.
 FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void AppendHits(
-    const __m512i (&sum)[kScreenRows][2], uint32_t tag, ScreenHits* hits) {
+    const __m512i (&sum)[kInt8Rows][2], uint32_t tag, ScreenHits* hits) {
   // Sums at or above zero are perhaps above; in most tiles every sign bit is set.
   __m512i all = _mm512_and_si512(sum[0][0], sum[0][1]);
 #pragma GCC unroll 12
-  for (int r = 1; r < kScreenRows; ++r) {
+  for (int r = 1; r < kInt8Rows; ++r) {
     all = _mm512_ternarylogic_epi32(all, sum[r][0], sum[r][1], 0x80);
   }
   if (_mm512_movepi32_mask(all) == 0xFFFF) return;
   alignas(64) uint32_t above[16] = {};
 #pragma GCC unroll 12
-  for (int r = 0; r < kScreenRows; ++r) {
+  for (int r = 0; r < kInt8Rows; ++r) {
     const __mmask32 below =
         _mm512_kunpackw(_mm512_movepi32_mask(sum[r][1]), _mm512_movepi32_mask(sum[r][0]));
     _store_mask32(&above[r], _knot_mask32(below));
@@ -225,16 +223,16 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void AppendHits(
 
 FLASH_ENTMAX_VNNI void ScreenByVectors(const int8_t* query, const uint8_t* keys, size_t depth,
                                        const int32_t* start, uint32_t tag, ScreenHits* hits) {
-  __m512i sum[kScreenRows][2];
+  __m512i sum[kInt8Rows][2];
 #pragma GCC unroll 12
-  for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
+  for (int r = 0; r < kInt8Rows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(start[r]);
   for (size_t e = 0; e < depth; e += 4) {
-    const __m512i k0 = _mm512_loadu_si512(keys + e * kScreenKeys);
-    const __m512i k1 = _mm512_loadu_si512(keys + e * kScreenKeys + 64);
+    const __m512i k0 = _mm512_loadu_si512(keys + e * kInt8Keys);
+    const __m512i k1 = _mm512_loadu_si512(keys + e * kInt8Keys + 64);
 #pragma GCC unroll 12
-    for (int r = 0; r < kScreenRows; ++r) {
+    for (int r = 0; r < kInt8Rows; ++r) {
       int32_t four;
-      std::memcpy(&four, query + e * kScreenRows + static_cast<size_t>(r) * 4, 4);
+      std::memcpy(&four, query + e * kInt8Rows + static_cast<size_t>(r) * 4, 4);
       const __m512i q = _mm512_set1_epi32(four);
       MultiplyAdd(k0, q, &sum[r][0]);
       MultiplyAdd(k1, q, &sum[r][1]);
@@ -246,9 +244,9 @@ FLASH_ENTMAX_VNNI void ScreenByVectors(const int8_t* query, const uint8_t* keys,
 FLASH_ENTMAX_VNNI void LookAtPending(ScreenHits* hits) {
   const int32_t* start = hits->start[hits->slot];
   const auto& sums = hits->sums[hits->slot];
-  __m512i sum[kScreenRows][2];
+  __m512i sum[kInt8Rows][2];
 #pragma GCC unroll 12
-  for (int r = 0; r < kScreenRows; ++r) {
+  for (int r = 0; r < kInt8Rows; ++r) {
     const __m512i first = _mm512_set1_epi32(start[r]);
     sum[r][0] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][0]));
     sum[r][1] = _mm512_add_epi32(first, _mm512_load_si512(&sums[r][16]));
@@ -260,7 +258,7 @@ FLASH_ENTMAX_VNNI void LookAtPending(ScreenHits* hits) {
 // every tile of this one.
 inline __attribute__((always_inline)) void PrefetchKeys(size_t depth, ScreenHits* hits) {
   constexpr size_t kTiles = 8;
-  const size_t bytes = depth * kScreenKeys / kTiles;
+  const size_t bytes = depth * kInt8Keys / kTiles;
   for (size_t i = 0; i < bytes; i += 64) {
     // A number because it may lie before the keys, where no pointer may point.
     // NOLINTNEXTLINE(performance-no-int-to-ptr)
@@ -277,31 +275,31 @@ FLASH_ENTMAX_AMX void ScreenByMatrixUnit(const int8_t* query, const uint8_t* key
   _tile_zero(0);
   _tile_zero(1);
   if (depth <= 128) {
-    const uint8_t* more = keys + size_t{64} * kScreenKeys;
+    const uint8_t* more = keys + size_t{64} * kInt8Keys;
     if (hits->loaded != keys) {
-      _tile_loadd(3, keys, 4 * kScreenKeys);
-      _tile_loadd(4, keys + 64, 4 * kScreenKeys);
+      _tile_loadd(3, keys, 4 * kInt8Keys);
+      _tile_loadd(4, keys + 64, 4 * kInt8Keys);
       if (depth == 128) {
-        _tile_loadd(5, more, 4 * kScreenKeys);
-        _tile_loadd(6, more + 64, 4 * kScreenKeys);
+        _tile_loadd(5, more, 4 * kInt8Keys);
+        _tile_loadd(6, more + 64, 4 * kInt8Keys);
       }
       hits->loaded = keys;
-      hits->ahead = reinterpret_cast<uintptr_t>(keys) - depth * kScreenKeys;
+      hits->ahead = reinterpret_cast<uintptr_t>(keys) - depth * kInt8Keys;
     }
     PrefetchKeys(depth, hits);
     _tile_loadd(2, query, 64);
     _tile_dpbsud(0, 2, 3);
     _tile_dpbsud(1, 2, 4);
     if (depth == 128) {
-      _tile_loadd(2, query + size_t{64} * kScreenRows, 64);
+      _tile_loadd(2, query + size_t{64} * kInt8Rows, 64);
       _tile_dpbsud(0, 2, 5);
       _tile_dpbsud(1, 2, 6);
     }
   } else {
     for (size_t e = 0; e < depth; e += 64) {
-      _tile_loadd(2, query + e * kScreenRows, 64);
-      _tile_loadd(3, keys + e * kScreenKeys, 4 * kScreenKeys);
-      _tile_loadd(4, keys + e * kScreenKeys + 64, 4 * kScreenKeys);
+      _tile_loadd(2, query + e * kInt8Rows, 64);
+      _tile_loadd(3, keys + e * kInt8Keys, 4 * kInt8Keys);
+      _tile_loadd(4, keys + e * kInt8Keys + 64, 4 * kInt8Keys);
       _tile_dpbsud(0, 2, 3);
       _tile_dpbsud(1, 2, 4);
     }
@@ -321,7 +319,7 @@ struct alignas(64) TileShapes {
   uint8_t start_row = 0;
   uint8_t reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {kScreenRows, kScreenRows, kScreenRows, 16, 16, 16, 16};
+  uint8_t rows[16] = {kInt8Rows, kInt8Rows, kInt8Rows, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileShapes) == 64);
 
@@ -329,7 +327,7 @@ static_assert(sizeof(TileShapes) == 64);
 bool HasMatrixUnit() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!CanScreen() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if (!CanScreenInt8() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
   constexpr unsigned kTilesAndInt8 = 3u << 24;
   if ((d & kTilesAndInt8) != kTilesAndInt8) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -365,9 +363,10 @@ void FinishHits(ScreenHits* hits) {
   hits->loaded = nullptr;
 }
 
-FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
-                                  const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
-                                  const float* limit, float slack, uint32_t tag, ScreenHits* hits) {
+FLASH_ENTMAX_VNNI void ScreenTileInt8(const ScreenRows& rows, const int8_t* query,
+                                      const KeyBlockBound& bound, const uint8_t* keys, size_t depth,
+                                      const float* limit, float slack, uint32_t tag,
+                                      ScreenHits* hits) {
   alignas(64) int32_t start[16];
   if (!StartOfSums(rows, bound, limit, slack, start)) return;
   if (rows.matrix_unit) {
@@ -384,14 +383,14 @@ FLASH_ENTMAX_VNNI void ScreenTile(const ScreenRows& rows, const int8_t* query,
 
 namespace flash_entmax::cpu {
 
-bool CanScreen() { return false; }
+bool CanScreenInt8() { return false; }
 void FinishHits(ScreenHits*) {}
 MatrixUnit::MatrixUnit() = default;
 MatrixUnit::~MatrixUnit() = default;
-bool RoundQueries(const float*, size_t, size_t, bool, int8_t*, ScreenRows*) { return false; }
-void RoundKeys(const float*, size_t, uint8_t*, KeyBlockBound*) {}
-void ScreenTile(const ScreenRows&, const int8_t*, const KeyBlockBound&, const uint8_t*, size_t,
-                const float*, float, uint32_t, ScreenHits*) {}
+bool RoundQueriesInt8(const float*, size_t, size_t, bool, int8_t*, ScreenRows*) { return false; }
+void RoundKeysInt8(const float*, size_t, uint8_t*, KeyBlockBound*) {}
+void ScreenTileInt8(const ScreenRows&, const int8_t*, const KeyBlockBound&, const uint8_t*, size_t,
+                    const float*, float, uint32_t, ScreenHits*) {}
 
 }  // namespace flash_entmax::cpu
 

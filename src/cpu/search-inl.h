@@ -19,8 +19,10 @@
 
 #include "cpu/attention_panel.h"
 #include "cpu/candidates-inl.h"
+#include "cpu/compress-inl.h"
 #include "cpu/prefetch.h"
 #include "cpu/scores-inl.h"
+#include "cpu/screen_int7-inl.h"
 #include "cpu/screen_int8.h"
 #include "cpu/tile-inl.h"
 #include "hwy/highway.h"
@@ -39,10 +41,10 @@ struct GroupSearch {
   int64_t rows = 0;
   const T* query = nullptr;
   CandidateList<T>* lists = nullptr;
-  T norm[kTileRows];                      // ‖q‖, rounded up; 0 behind the last row.
-  T limit[16];                            // Products at or below it need not be found.
-  bool dense = false;                     // Given up: the dense path takes the group.
-  const int8_t* rounded_query = nullptr;  // Null if the group cannot be screened.
+  T norm[kTileRows];                       // ‖q‖, rounded up; 0 behind the last row.
+  T limit[16];                             // Products at or below it need not be found.
+  bool dense = false;                      // Given up: the dense path takes the group.
+  const uint8_t* rounded_query = nullptr;  // Null if the group cannot be screened.
   ScreenRows screen_rows;
 };
 
@@ -175,17 +177,27 @@ void TestBlock(const PanelInput<T>& input, int64_t block, GroupSearch<T>* group)
 // Hits of screened tiles are tagged with block, group and row.
 constexpr uint32_t kRowBits = 4;
 constexpr uint32_t kGroupBits = 3;
-static_assert(kScreenRows <= 1 << kRowBits && kGroupsPerPanel <= 1 << kGroupBits);
+static_assert(kTileRows <= 1 << kRowBits && kGroupsPerPanel <= 1 << kGroupBits);
+static_assert(kTileRows <= static_cast<int>(ScreenHits::kMostRows));
 
-// Tests one block of group `index` by products of 8-bit integers.
+// Tests one block of group `index` by products of small integers.
 HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64_t index,
                             const GroupSearch<float>& group, ScreenHits* hits) {
   const auto tag = (static_cast<uint32_t>(block) << (kGroupBits + kRowBits)) +
                    (static_cast<uint32_t>(index) << kRowBits);
-  ScreenTile(group.screen_rows, group.rounded_query, input.table.bounds[block],
-             input.table.rounded + block * kScreenKeys * ScreenDepth(input.head_size),
-             static_cast<size_t>(input.head_size), group.limit, OrderSlack<float>(input.head_size),
-             tag, hits);
+  const Screening screening = input.table.screening;
+  const KeyBlockBound& bound = input.table.bounds[block];
+  const uint8_t* keys =
+      input.table.rounded +
+      block * ScreenBytes(screening, static_cast<int64_t>(TileWidth<float>()), input.head_size);
+  const float slack = OrderSlack<float>(input.head_size);
+  if (screening == Screening::kInt8) {
+    ScreenTileInt8(group.screen_rows, reinterpret_cast<const int8_t*>(group.rounded_query), bound,
+                   keys, static_cast<size_t>(input.head_size), group.limit, slack, tag, hits);
+    return;
+  }
+  ScreenTileInInt7(group.screen_rows, group.rounded_query, bound, keys,
+                   static_cast<size_t>(input.head_size), group.limit, slack, tag, hits);
 }
 
 // Moves the hits of screened tiles to the lists. Those of a row stay in the order of the visit.
@@ -198,7 +210,7 @@ HWY_INLINE void TakeHits(const PanelInput<float>& input, bool all_visible,
   for (size_t i = 0; i < hits->count; ++i) {
     const uint32_t where = hits->where[i];
     const auto first_key =
-        static_cast<int32_t>((where >> (kGroupBits + kRowBits)) * uint32_t{kScreenKeys});
+        static_cast<int32_t>((where >> (kGroupBits + kRowBits)) * uint32_t{TileWidth<float>()});
     GroupSearch<float>& group = groups[(where >> kRowBits) & ((1u << kGroupBits) - 1)];
     const int64_t r = where & ((1u << kRowBits) - 1);
     CandidateList<float>* list = &group.lists[r];
@@ -210,14 +222,12 @@ HWY_INLINE void TakeHits(const PanelInput<float>& input, bool all_visible,
     int32_t* HWY_RESTRICT key = list->key.data() + list->count;
     list->count += hwy::PopCount(above);
     // In whole vectors without a loop over the bits, since how many there are cannot be predicted.
-    for (size_t j = 0; j < kScreenKeys; j += lanes) {
-      uint8_t bits[8];
-      hwy::CopyBytes<sizeof(above)>(&above, bits);
-      const auto mask = hn::LoadMaskBits(d, bits);
+    for (size_t j = 0; j < TileWidth<float>(); j += lanes) {
+      const uint32_t some = above & ((uint32_t{1} << lanes) - 1);
       const auto keys = hn::Add(first_lanes, hn::Set(d, first_key + static_cast<int32_t>(j)));
-      hn::StoreU(hn::Compress(keys, mask), d, key);
-      key += hn::CountTrue(d, mask);
-      above = lanes < 32 ? above >> lanes : 0;
+      hn::StoreU(CompressBits(d, keys, some), d, key);
+      key += hwy::PopCount(some);
+      above >>= lanes;
     }
   }
   hits->count = 0;

@@ -1,6 +1,6 @@
-// The 8-bit screen by itself: it never leaves out a key whose product is above the limit.
+// The screens by themselves: they never leave out a key whose product is above the limit.
 
-#include "cpu/screen_int8.h"
+#include "cpu/screening.h"
 
 #include <gtest/gtest.h>
 
@@ -10,6 +10,9 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/attention_panel.h"
+#include "cpu/screen_int7.h"
+#include "cpu/screen_int8.h"
 #include "testing/random.h"
 
 namespace flash_entmax::cpu {
@@ -17,8 +20,93 @@ namespace {
 
 using testing::Random;
 
-TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
-  if (!CanScreen()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+// A tile of random numbers or of the caller's, and what a screen lets through of it.
+struct ScreenedTile {
+  ScreenedTile(Screening kind, size_t head_size) : screening(kind), depth(head_size) {
+    const PanelShape shape = GetPanelShape<float>();
+    rows = static_cast<size_t>(kind == Screening::kInt8 ? kInt8Rows : shape.rows_per_group);
+    keys = static_cast<size_t>(kind == Screening::kInt8 ? kInt8Keys : shape.keys_per_block);
+    stride = (depth + keys - 1) / keys * keys;
+    query.resize(rows * stride);
+    key.resize(depth * keys);
+    std::fill_n(limit, 16, HUGE_VALF);
+  }
+
+  float& Query(size_t row, size_t e) { return query[row * stride + e]; }
+  float& Key(size_t j, size_t e) { return key[e * keys + j]; }
+
+  void Fill(double query_size, double key_size, Random* random) {
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t e = 0; e < depth; ++e) {
+        Query(r, e) = static_cast<float>(query_size * random->Gauss());
+      }
+    }
+    for (float& x : key) x = static_cast<float>(key_size * random->Gauss());
+  }
+
+  double Product(size_t row, size_t j) {
+    double product = 0.0;
+    for (size_t e = 0; e < depth; ++e) {
+      product += static_cast<double>(Query(row, e)) * static_cast<double>(Key(j, e));
+    }
+    return product;
+  }
+
+  // Bit j of element r: whether key j may be above the limit of row r.
+  std::vector<uint32_t> Screen(const MatrixUnit* unit) {
+    KeyBlockBound bound;
+    for (size_t j = 0; j < keys; ++j) {
+      double square = 0.0;
+      for (size_t e = 0; e < depth; ++e) square += std::pow(static_cast<double>(Key(j, e)), 2.0);
+      bound.norm = std::max(bound.norm, NormFromSquare(square, static_cast<int64_t>(depth)));
+    }
+    const auto bytes = [&](size_t count) {
+      return static_cast<size_t>(
+          ScreenBytes(screening, static_cast<int64_t>(count), static_cast<int64_t>(depth)));
+    };
+    std::vector<uint8_t> rounded_query(bytes(rows));
+    std::vector<uint8_t> rounded_keys(bytes(keys));
+    ScreenRows screen_rows;
+    const auto hits = std::make_unique<ScreenHits>();
+    constexpr uint32_t kTag = 640;
+    if (screening == Screening::kInt8) {
+      auto* const query8 = reinterpret_cast<int8_t*>(rounded_query.data());
+      const bool matrix = unit != nullptr && unit->Serves(depth);
+      EXPECT_TRUE(RoundQueriesInt8(query.data(), stride, depth, matrix, query8, &screen_rows));
+      RoundKeysInt8(key.data(), depth, rounded_keys.data(), &bound);
+      ScreenTileInt8(screen_rows, query8, bound, rounded_keys.data(), depth, limit, 1e-6f, kTag,
+                     hits.get());
+      FinishHits(hits.get());
+    } else {
+      EXPECT_TRUE(
+          RoundQueriesInt7(query.data(), stride, depth, rounded_query.data(), &screen_rows));
+      RoundKeysInt7(key.data(), depth, rounded_keys.data(), &bound);
+      ScreenTileInt7(screen_rows, rounded_query.data(), bound, rounded_keys.data(), depth, limit,
+                     1e-6f, kTag, hits.get());
+    }
+    std::vector<uint32_t> bits(rows, 0);
+    EXPECT_LE(hits->count, rows);
+    for (size_t i = 0; i < hits->count; ++i) {
+      const uint32_t row = hits->where[i] - kTag;
+      EXPECT_LT(row, rows);
+      if (row < rows) bits[row] = hits->above[i];
+    }
+    return bits;
+  }
+
+  Screening screening;
+  size_t depth;
+  size_t rows = 0;
+  size_t keys = 0;
+  size_t stride = 0;
+  std::vector<float> query;  // [rows][stride]
+  std::vector<float> key;    // [depth][keys]
+  float limit[16];
+};
+
+// Screens random tiles. Nothing above a limit may be left out, and of what is not above at most
+// `passing` may be let through.
+void CheckRandomTiles(Screening screening, double passing) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(41);
   const MatrixUnit unit;
@@ -26,71 +114,131 @@ TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
   int64_t above = 0;
   int64_t all = 0;
   for (int round = 0; round < 400; ++round) {
-    const auto depth =
-        static_cast<size_t>(round % 4 == 0 ? 64 * random.Integer(1, 3) : random.Integer(1, 130));
+    ScreenedTile tile(screening, static_cast<size_t>(round % 4 == 0 ? 64 * random.Integer(1, 3)
+                                                                    : random.Integer(1, 130)));
     const double query_size = std::pow(10.0, random.Uniform(-12.0, 12.0));
     const double key_size = std::pow(10.0, random.Uniform(-12.0, 12.0));
-    std::vector<float> query(kScreenRows * depth);
-    std::vector<float> keys(depth * kScreenKeys);
-    for (float& x : query) x = static_cast<float>(query_size * random.Gauss());
-    for (float& x : keys) x = static_cast<float>(key_size * random.Gauss());
-    if (round % 5 == 0) keys[0] *= 50.0f;
-    if (round % 7 == 0) std::fill_n(query.begin(), depth, 0.0f);
-    const auto padded = static_cast<size_t>(ScreenDepth(static_cast<int64_t>(depth)));
-    std::vector<int8_t> rounded_query(kScreenRows * padded);
-    std::vector<uint8_t> rounded_keys(padded * kScreenKeys);
-    ScreenRows rows;
-    const bool matrix = round % 2 == 0 && unit.Serves(depth);
-    ASSERT_TRUE(RoundQueries(query.data(), depth, depth, matrix, rounded_query.data(), &rows));
-    KeyBlockBound bound;
-    for (int j = 0; j < kScreenKeys; ++j) {
-      double square = 0.0;
-      for (size_t e = 0; e < depth; ++e) {
-        const auto x = static_cast<double>(keys[e * kScreenKeys + static_cast<size_t>(j)]);
-        square += x * x;
-      }
-      bound.norm = std::max(bound.norm, NormFromSquare(square, static_cast<int64_t>(depth)));
+    tile.Fill(query_size, key_size, &random);
+    if (round % 5 == 0) tile.Key(0, 0) *= 50.0f;
+    if (round % 7 == 0) std::fill_n(tile.query.begin(), tile.depth, 0.0f);
+    const double spread = query_size * key_size * std::sqrt(static_cast<double>(tile.depth));
+    for (size_t r = 0; r < tile.rows; ++r) {
+      tile.limit[r] = static_cast<float>(spread * random.Uniform(-1.0, 3.0));
     }
-    RoundKeys(keys.data(), depth, rounded_keys.data(), &bound);
-    float limit[16];
-    std::fill_n(limit, 16, HUGE_VALF);
-    const double spread = query_size * key_size * std::sqrt(static_cast<double>(depth));
-    for (int r = 0; r < kScreenRows; ++r) {
-      limit[r] = static_cast<float>(spread * random.Uniform(-1.0, 3.0));
-    }
-    if (round % 11 == 0) limit[3] = -HUGE_VALF;
-    if (round % 13 == 0) limit[4] = HUGE_VALF;
-    if (round % 17 == 0) std::fill_n(limit, kScreenRows, 0.0f);
-    const auto hits = std::make_unique<ScreenHits>();
-    ScreenTile(rows, rounded_query.data(), bound, rounded_keys.data(), depth, limit, 1e-6f, 640,
-               hits.get());
-    FinishHits(hits.get());
-    std::vector<uint32_t> bits(kScreenRows, 0);
-    ASSERT_LE(hits->count, static_cast<size_t>(kScreenRows));
-    for (size_t i = 0; i < hits->count; ++i) {
-      ASSERT_GE(hits->where[i], 640u);
-      ASSERT_LT(hits->where[i], 640u + kScreenRows);
-      bits[hits->where[i] - 640] = hits->above[i];
-    }
-    for (size_t r = 0; r < kScreenRows; ++r) {
-      for (size_t j = 0; j < kScreenKeys; ++j) {
-        double product = 0.0;
-        for (size_t e = 0; e < depth; ++e) {
-          product += static_cast<double>(query[r * depth + e]) *
-                     static_cast<double>(keys[e * kScreenKeys + j]);
-        }
+    if (round % 11 == 0) tile.limit[3] = -HUGE_VALF;
+    if (round % 13 == 0) tile.limit[4] = HUGE_VALF;
+    if (round % 17 == 0) std::fill_n(tile.limit, tile.rows, 0.0f);
+    const std::vector<uint32_t> bits = tile.Screen(round % 2 == 0 ? &unit : nullptr);
+    for (size_t r = 0; r < tile.rows; ++r) {
+      for (size_t j = 0; j < tile.keys; ++j) {
         const bool hit = ((bits[r] >> j) & 1u) != 0;
         found += hit ? 1 : 0;
         ++all;
-        if (product > static_cast<double>(limit[r])) {
+        if (tile.Product(r, j) > static_cast<double>(tile.limit[r])) {
           ++above;
           ASSERT_TRUE(hit) << "round " << round << " row " << r << " key " << j;
         }
       }
     }
   }
-  // And it is good for something: it lets through few that are not above.
-  EXPECT_LE(static_cast<double>(found - above), 0.2 * static_cast<double>(all));
+  EXPECT_GT(above, 0);
+  EXPECT_LE(static_cast<double>(found - above), passing * static_cast<double>(all));
+}
+
+// The largest sums that there are: every element is the largest one.
+void CheckLargestSums(Screening screening) {
+  for (const size_t depth : {size_t{1}, size_t{63}, size_t{64}, static_cast<size_t>(8191),
+                             static_cast<size_t>(kMaxScreenDepth)}) {
+    ScreenedTile tile(screening, depth);
+    for (size_t r = 0; r < tile.rows; ++r) {
+      const float sign = r % 2 == 0 ? 1.0f : -1.0f;
+      for (size_t e = 0; e < depth; ++e) tile.Query(r, e) = sign * 0.37f;
+    }
+    for (size_t j = 0; j < tile.keys; ++j) {
+      for (size_t e = 0; e < depth; ++e) tile.Key(j, e) = j % 2 == 0 ? 2.9f : -2.9f;
+    }
+    // Halfway between the products of either sign, so that any wrap of a sum is seen.
+    std::fill_n(tile.limit, tile.rows, 0.0f);
+    const std::vector<uint32_t> bits = tile.Screen(nullptr);
+    for (size_t r = 0; r < tile.rows; ++r) {
+      for (size_t j = 0; j < tile.keys; ++j) {
+        ASSERT_EQ(((bits[r] >> j) & 1u) != 0, tile.Product(r, j) > 0.0)
+            << "depth " << depth << " row " << r << " key " << j;
+      }
+    }
+  }
+}
+
+TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
+  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+  CheckRandomTiles(Screening::kInt8, 0.2);
+}
+
+TEST(ScreenInt8, LargestSums) {
+  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+  CheckLargestSums(Screening::kInt8);
+}
+
+TEST(ScreenInt7, LeavesOutNothingAboveTheLimit) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  CheckRandomTiles(Screening::kInt7, 0.2);
+}
+
+TEST(ScreenInt7, LargestSums) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  CheckLargestSums(Screening::kInt7);
+}
+
+// Otherwise sums of products of bytes would saturate.
+TEST(ScreenInt7, FourIntegersOfARowFitIntoASum) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(43);
+  int largest_sum = 0;
+  int largest = 0;
+  for (int round = 0; round < 300; ++round) {
+    ScreenedTile tile(Screening::kInt7, static_cast<size_t>(random.Integer(1, 130)));
+    // From nearly equal elements, which fill the sums, to a few large ones, which do not.
+    const double power = random.Uniform(0.0, 4.0);
+    for (size_t r = 0; r < tile.rows; ++r) {
+      for (size_t e = 0; e < tile.depth; ++e) {
+        const double x = random.Uniform(-1.0, 1.0);
+        tile.Query(r, e) = static_cast<float>(std::copysign(std::pow(std::abs(x), power), x));
+      }
+    }
+    const size_t padded = (tile.depth + 7) / 8 * 8;
+    std::vector<uint8_t> rounded(tile.rows * padded);
+    ScreenRows rows;
+    ASSERT_TRUE(
+        RoundQueriesInt7(tile.query.data(), tile.stride, tile.depth, rounded.data(), &rows));
+    for (size_t r = 0; r < tile.rows; ++r) {
+      const auto size = [&](size_t e) {
+        const uint8_t byte = rounded[e / 4 * 4 * tile.rows + 4 * r + e % 4];
+        return std::abs(static_cast<int>(static_cast<int8_t>(byte)));
+      };
+      for (size_t e = 0; e < padded; e += e % 8 == 0 ? 2 : 6) {
+        const int sum = size(e) + size(e + 1) + size(e + 4) + size(e + 5);
+        ASSERT_LE(sum * 127, 32767) << "round " << round << " row " << r << " element " << e;
+        largest_sum = std::max(largest_sum, sum);
+        largest = std::max(largest, size(e));
+      }
+    }
+  }
+  // The room is used: of 258, and of 127.
+  EXPECT_GE(largest_sum, 255);
+  EXPECT_EQ(largest, 127);
+}
+
+TEST(ScreenInt7, RefusesWhatIsNotFinite) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e30f}) {
+    ScreenedTile tile(Screening::kInt7, 8);
+    std::fill(tile.query.begin(), tile.query.end(), 1.0f);
+    tile.Query(2, 5) = bad;
+    std::vector<uint8_t> rounded(tile.rows * 8);
+    ScreenRows rows;
+    EXPECT_FALSE(RoundQueriesInt7(tile.query.data(), tile.stride, 8, rounded.data(), &rows));
+  }
 }
 
 TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
@@ -100,37 +248,38 @@ TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
   Random random(42);
   constexpr size_t kTiles = 40;
   for (const size_t depth : {size_t{64}, size_t{128}, size_t{256}}) {
-    std::vector<float> query(kScreenRows * depth);
+    std::vector<float> query(kInt8Rows * depth);
     for (float& x : query) x = static_cast<float>(random.Gauss());
     std::vector<int8_t> rounded_query[2];
     ScreenRows rows[2];
     const auto hits = std::make_unique<std::array<ScreenHits, 2>>();
     for (const size_t matrix : {0, 1}) {
-      rounded_query[matrix].resize(kScreenRows * depth);
-      ASSERT_TRUE(RoundQueries(query.data(), depth, depth, matrix == 1,
-                               rounded_query[matrix].data(), &rows[matrix]));
+      rounded_query[matrix].resize(kInt8Rows * depth);
+      ASSERT_TRUE(RoundQueriesInt8(query.data(), depth, depth, matrix == 1,
+                                   rounded_query[matrix].data(), &rows[matrix]));
     }
     float limit[16];
     std::fill_n(limit, 16, HUGE_VALF);
-    for (int r = 0; r < kScreenRows; ++r) {
+    for (int r = 0; r < kInt8Rows; ++r) {
       limit[r] =
           static_cast<float>(std::sqrt(static_cast<double>(depth)) * random.Uniform(0.0, 4.0));
     }
     // All of them stay until FinishHits().
     std::vector<std::vector<uint8_t>> blocks(kTiles / 2);
     for (size_t tile = 0; tile < kTiles; tile += 2) {
-      std::vector<float> keys(depth * kScreenKeys);
+      std::vector<float> keys(depth * kInt8Keys);
       for (float& x : keys) x = static_cast<float>(random.Gauss());
       std::vector<uint8_t>& rounded_keys = blocks[tile / 2];
-      rounded_keys.resize(depth * kScreenKeys);
+      rounded_keys.resize(depth * kInt8Keys);
       KeyBlockBound bound;
       bound.norm = 2.0f * std::sqrt(static_cast<float>(depth));
-      RoundKeys(keys.data(), depth, rounded_keys.data(), &bound);
+      RoundKeysInt8(keys.data(), depth, rounded_keys.data(), &bound);
       // Twice, as two groups of rows would.
       for (const size_t again : {0, 1}) {
         for (const size_t matrix : {0, 1}) {
-          ScreenTile(rows[matrix], rounded_query[matrix].data(), bound, rounded_keys.data(), depth,
-                     limit, 1e-6f, static_cast<uint32_t>(16 * (tile + again)), &(*hits)[matrix]);
+          ScreenTileInt8(rows[matrix], rounded_query[matrix].data(), bound, rounded_keys.data(),
+                         depth, limit, 1e-6f, static_cast<uint32_t>(16 * (tile + again)),
+                         &(*hits)[matrix]);
         }
       }
     }
@@ -145,13 +294,13 @@ TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
 }
 
 TEST(ScreenInt8, RefusesWhatIsNotFinite) {
-  if (!CanScreen()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
   for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e30f}) {
-    std::vector<float> query(kScreenRows * 8, 1.0f);
+    std::vector<float> query(kInt8Rows * 8, 1.0f);
     query[37] = bad;
-    std::vector<int8_t> rounded(kScreenRows * 8);
+    std::vector<int8_t> rounded(kInt8Rows * 8);
     ScreenRows rows;
-    EXPECT_FALSE(RoundQueries(query.data(), 8, 8, false, rounded.data(), &rows));
+    EXPECT_FALSE(RoundQueriesInt8(query.data(), 8, 8, false, rounded.data(), &rows));
   }
 }
 
