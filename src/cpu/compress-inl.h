@@ -21,12 +21,12 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // The lanes of `v` whose bits are set; what stands behind them is not defined.
 //
-// Highway 1.0 keeps the tables that AVX2 and SSE4 need for this in local arrays, and GCC then
-// copies up to a kilobyte to the stack for every vector, which takes longer than all else. Here
-// they are static.
+// Vectors of 16 and 32 bytes need tables for it (AVX-512 has an instruction). Those of Highway 1.0
+// are local arrays, of which GCC copies up to a kilobyte to the stack for every vector; that takes
+// longer than all else. Here they are static.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V CompressBits(D d, V v, uint32_t bits) {
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+#if HWY_MAX_BYTES == 16 || HWY_MAX_BYTES == 32
   constexpr size_t kLane = sizeof(hn::TFromD<D>);
   if constexpr (hn::MaxLanes(D()) * kLane == 32) {
     const hn::Repartition<uint32_t, D> du32;
@@ -50,7 +50,7 @@ HWY_INLINE V CompressBits(D d, V v, uint32_t bits) {
 // The lanes of `v` that `mask` selects, in the same way.
 template <class D, class V = hn::Vec<D>, class M = hn::Mask<D>>
 HWY_INLINE V CompressLanes(D d, V v, M mask) {
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+#if HWY_MAX_BYTES == 16 || HWY_MAX_BYTES == 32
   uint8_t bits[8];
   hn::StoreMaskBits(d, mask, bits);
   return CompressBits(d, v, bits[0]);
