@@ -121,7 +121,8 @@ class ForwardRun {
   static Screening ScreeningOf(const ResolvedAttention& resolved, const PanelShape& shape,
                                const AttentionOptions& options) {
     if (!std::is_same_v<T, float> || !options.screening || !AnySparse(resolved) ||
-        resolved.head_size > kMaxScreenDepth) {
+        resolved.head_size > kMaxScreenDepth ||
+        resolved.key_length > kMaxScreenBlocks * shape.keys_per_block) {
       return Screening::kNone;
     }
     if (CanScreenInt8() && shape.rows_per_group == kInt8Rows && shape.keys_per_block == kInt8Keys) {

@@ -156,7 +156,7 @@ void RoundGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& uni
       finite = RoundQueriesInt8(group->query, stride, depth, unit.Serves(depth),
                                 reinterpret_cast<int8_t*>(rounded), &group->screen_rows);
     } else {
-      finite = RoundQueriesToInt7(group->query, stride, depth, rounded, &group->screen_rows);
+      finite = RoundQueriesInt7Impl(group->query, stride, depth, rounded, &group->screen_rows);
     }
     if (finite) group->rounded_query = rounded;
   }
@@ -262,6 +262,7 @@ void CandidatePanel(const PanelInput<T>& input, bool want_support, PanelMemory<T
   const int64_t group_count = (input.queries + kTileRows - 1) / kTileRows;
   const auto rows_padded = static_cast<size_t>(group_count * kTileRows);
   if (memory->lists.size() < rows_padded) memory->lists.resize(rows_padded);
+  memory->hits.Clear();
   const MatrixUnit unit;
   GroupSearch<T> groups[kGroupsPerPanel];
   const Visit visit = MakeVisit(input);

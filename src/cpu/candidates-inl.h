@@ -36,22 +36,6 @@ constexpr size_t ListPadding() {
   return 2 * TileWidth<T>() + HWY_MAX_BYTES / sizeof(T);
 }
 
-// Writes the scores and keys of the set lanes of `mask` from `kept` on, in whole vectors. Returns
-// how many there are.
-template <class D, class DI>
-HWY_INLINE size_t CompressEntries(D d, DI di, hn::Vec<D> score, hn::Vec<DI> key, hn::Mask<D> mask,
-                                  hn::TFromD<D>* score_out, int32_t* key_out) {
-  hn::StoreU(CompressLanes(d, score, mask), d, score_out);
-  if constexpr (sizeof(hn::TFromD<D>) == sizeof(int32_t)) {
-    hn::StoreU(CompressLanes(di, key, hn::RebindMask(di, mask)), di, key_out);
-  } else {
-    uint8_t bits[8] = {};
-    hn::StoreMaskBits(d, mask, bits);
-    hn::StoreU(CompressBits(di, key, bits[0]), di, key_out);
-  }
-  return hn::CountTrue(d, mask);
-}
-
 template <typename T>
 void WriteListEnd(CandidateList<T>* list) {
   const hn::ScalableTag<T> d;

@@ -60,6 +60,23 @@ HWY_INLINE V CompressLanes(D d, V v, M mask) {
 #endif
 }
 
+// Writes the scores and keys of the lanes that `mask` selects, in whole vectors. Returns how many
+// there are.
+template <class D, class DI>
+HWY_INLINE size_t CompressEntries(D d, DI di, hn::Vec<D> score, hn::Vec<DI> key, hn::Mask<D> mask,
+                                  hn::TFromD<D>* score_out, int32_t* key_out) {
+  hn::StoreU(CompressLanes(d, score, mask), d, score_out);
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(int32_t)) {
+    hn::StoreU(CompressLanes(di, key, hn::RebindMask(di, mask)), di, key_out);
+  } else {
+    // No vector has more than eight lanes of as many bytes as double.
+    uint8_t bits[8] = {};
+    hn::StoreMaskBits(d, mask, bits);
+    hn::StoreU(CompressBits(di, key, bits[0]), di, key_out);
+  }
+  return hn::CountTrue(d, mask);
+}
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace flash_entmax::cpu

@@ -10,8 +10,9 @@
 
 namespace flash_entmax::cpu {
 
-// For every set of bits of a vector of kLanes lanes, which lane stands at each place, where a lane
-// is kParts parts and the table counts parts. Behind the lanes of set bits stand others.
+// For every set of bits of a vector of kLanes lanes: which lane goes to each place, those of set
+// bits first, in order. A lane is kParts words or bytes, whichever the instruction moves, and the
+// table numbers these.
 template <size_t kLanes, size_t kParts>
 constexpr std::array<uint8_t, (size_t{1} << kLanes) * kLanes * kParts> CompressTable() {
   std::array<uint8_t, (size_t{1} << kLanes)* kLanes* kParts> table = {};

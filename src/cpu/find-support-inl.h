@@ -46,13 +46,9 @@ void AppendFound(const T* HWY_RESTRICT scores, int32_t first_key, T limit,
   for (size_t i = 0; i < TileWidth<T>(); i += lanes) {
     const auto s = hn::LoadU(d, scores + i);
     const auto above = hn::Gt(s, hn::Set(d, limit));
-    hn::StoreU(CompressLanes(d, s, above), d, found->score.data() + found->count);
-    uint8_t bits[8] = {};
-    hn::StoreMaskBits(d, above, bits);
-    const uint32_t set = uint32_t{bits[0]} | uint32_t{bits[1]} << 8;
     const auto key = hn::Iota(di, first_key + static_cast<int32_t>(i));
-    hn::StoreU(CompressBits(di, key, set), di, found->key.data() + found->count);
-    found->count += hn::CountTrue(d, above);
+    found->count += CompressEntries(d, di, s, key, above, found->score.data() + found->count,
+                                    found->key.data() + found->count);
   }
 }
 

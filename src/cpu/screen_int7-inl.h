@@ -33,7 +33,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 constexpr bool kScreensInt7 = true;
 
-// Sums and what they are compared with stay within ±2²⁸, of which an int32 holds eight times.
+// Sums and what they are compared with stay within ±2²⁸, far inside an int32.
 constexpr float kLargestSum = 0x1p28f;
 
 constexpr int32_t kKeyOffset = 64;
@@ -76,8 +76,8 @@ inline float QueryInverseScale(const float* HWY_RESTRICT row, size_t stride, flo
 // query: kTileRows rows of `stride` floats, a multiple of the tile's width; zeros behind `depth`.
 // rounded: [depth/4][kTileRows][4] int8, depth up to a multiple of eight.
 // False if a row is not finite or too large: it must not be screened.
-inline bool RoundQueriesToInt7(const float* HWY_RESTRICT query, size_t stride, size_t depth,
-                               uint8_t* HWY_RESTRICT rounded, ScreenRows* HWY_RESTRICT rows) {
+inline bool RoundQueriesInt7Impl(const float* HWY_RESTRICT query, size_t stride, size_t depth,
+                                 uint8_t* HWY_RESTRICT rounded, ScreenRows* HWY_RESTRICT rows) {
   const hn::ScalableTag<float> d;
   const hn::ScalableTag<int32_t> di;
   std::fill_n(rows->norm, 16, 0.0f);
@@ -126,10 +126,10 @@ inline bool RoundQueriesToInt7(const float* HWY_RESTRICT query, size_t stride, s
 }
 
 // block: [depth][tile's width]. rounded: [depth/4][tile's width][4] bytes, depth up to a multiple
-// of eight. Fills all of `bound` but the norm. Blocks whose norm is not finite are left alone.
-inline void RoundKeysToInt7(const float* HWY_RESTRICT block, size_t depth,
-                            uint8_t* HWY_RESTRICT rounded, KeyBlockBound* HWY_RESTRICT bound) {
-  if (!(bound->norm < kLargestScreenNorm)) return;
+// of eight. Fills all of `bound` but the norm.
+inline void RoundKeysInt7Impl(const float* HWY_RESTRICT block, size_t depth,
+                              uint8_t* HWY_RESTRICT rounded, KeyBlockBound* HWY_RESTRICT bound) {
+  if (ProvesNothing(bound)) return;
   constexpr size_t kWidth = TileWidth<float>();
   const hn::ScalableTag<float> d;
   const hn::ScalableTag<int32_t> di;
@@ -194,9 +194,12 @@ HWY_INLINE bool StartOfSumsInt7(const ScreenRows& rows, const KeyBlockBound& bou
     low = hn::NegMulAdd(hn::Load(d, rows.rounding + i), hn::Set(d, bound.rounded_norm), low);
     // In units of the integers, with the roundings of these few operations: 2⁻²⁰ of all that was
     // added, and one unit.
-    const auto unit = hn::Mul(hn::Load(d, rows.inverse_scale + i), hn::Set(d, bound.inverse_scale));
     low = hn::NegMulAdd(hn::Add(hn::Abs(raw), largest), hn::Set(d, 1e-6f), low);
-    low = hn::Sub(hn::Mul(low, unit), hn::Set(d, 1.0f));
+    // One scale after the other, because their product may be infinite. Where the tile is open,
+    // low is at most `largest`, and stays finite.
+    low =
+        hn::Mul(hn::Mul(low, hn::Load(d, rows.inverse_scale + i)), hn::Set(d, bound.inverse_scale));
+    low = hn::Sub(low, hn::Set(d, 1.0f));
     // NaN, of zero scales, is not above the least either.
     low = hn::IfThenElse(hn::Gt(low, least), hn::Min(low, most), least);
     low = hn::IfThenElse(closed, most, low);
@@ -207,10 +210,10 @@ HWY_INLINE bool StartOfSumsInt7(const ScreenRows& rows, const KeyBlockBound& bou
 }
 
 // Tests one tile, as ScreenTileInt8() does.
-HWY_INLINE void ScreenTileInInt7(const ScreenRows& rows, const uint8_t* HWY_RESTRICT query,
-                                 const KeyBlockBound& bound, const uint8_t* HWY_RESTRICT keys,
-                                 size_t depth, const float* HWY_RESTRICT limit, float slack,
-                                 uint32_t tag, ScreenHits* HWY_RESTRICT hits) {
+HWY_INLINE void ScreenTileInt7Impl(const ScreenRows& rows, const uint8_t* HWY_RESTRICT query,
+                                   const KeyBlockBound& bound, const uint8_t* HWY_RESTRICT keys,
+                                   size_t depth, const float* HWY_RESTRICT limit, float slack,
+                                   uint32_t tag, ScreenHits* HWY_RESTRICT hits) {
   const hn::ScalableTag<int32_t> d;
   const hn::ScalableTag<int16_t> d16;
   const hn::ScalableTag<uint8_t> du8;
@@ -275,12 +278,13 @@ HWY_INLINE void ScreenTileInInt7(const ScreenRows& rows, const uint8_t* HWY_REST
 
 constexpr bool kScreensInt7 = false;
 
-inline bool RoundQueriesToInt7(const float*, size_t, size_t, uint8_t*, ScreenRows*) {
+inline bool RoundQueriesInt7Impl(const float*, size_t, size_t, uint8_t*, ScreenRows*) {
   return false;
 }
-inline void RoundKeysToInt7(const float*, size_t, uint8_t*, KeyBlockBound*) {}
-inline void ScreenTileInInt7(const ScreenRows&, const uint8_t*, const KeyBlockBound&,
-                             const uint8_t*, size_t, const float*, float, uint32_t, ScreenHits*) {}
+inline void RoundKeysInt7Impl(const float*, size_t, uint8_t*, KeyBlockBound*) {}
+inline void ScreenTileInt7Impl(const ScreenRows&, const uint8_t*, const KeyBlockBound&,
+                               const uint8_t*, size_t, const float*, float, uint32_t, ScreenHits*) {
+}
 
 #endif
 

@@ -16,15 +16,15 @@ namespace HWY_NAMESPACE {
 // Highway's tables hold plain functions.
 bool HasInt7() { return kScreensInt7; }
 bool Queries(const float* query, size_t stride, size_t depth, uint8_t* rounded, ScreenRows* rows) {
-  return RoundQueriesToInt7(query, stride, depth, rounded, rows);
+  return RoundQueriesInt7Impl(query, stride, depth, rounded, rows);
 }
 void Keys(const float* block, size_t depth, uint8_t* rounded, KeyBlockBound* bound) {
-  RoundKeysToInt7(block, depth, rounded, bound);
+  RoundKeysInt7Impl(block, depth, rounded, bound);
 }
 void OneTile(const ScreenRows& rows, const uint8_t* query, const KeyBlockBound& bound,
              const uint8_t* keys, size_t depth, const float* limit, float slack, uint32_t tag,
              ScreenHits* hits) {
-  ScreenTileInInt7(rows, query, bound, keys, depth, limit, slack, tag, hits);
+  ScreenTileInt7Impl(rows, query, bound, keys, depth, limit, slack, tag, hits);
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)

@@ -21,7 +21,7 @@ bool RoundQueriesInt7(const float* query, size_t stride, size_t depth, uint8_t* 
                       ScreenRows* rows);
 
 // block: [depth][tile's width]. rounded: [depth/4][tile's width][4] bytes, depth up to a multiple
-// of eight. Fills all of `bound` but the norm. Blocks whose norm is not finite are left alone.
+// of eight. Fills all of `bound` but the norm.
 void RoundKeysInt7(const float* block, size_t depth, uint8_t* rounded, KeyBlockBound* bound);
 
 // Tests one tile. limit[r], 16 numbers: raw products at or below it need not be found; products of

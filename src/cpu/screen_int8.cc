@@ -116,7 +116,7 @@ FLASH_ENTMAX_VNNI bool RoundQueriesInt8(const float* query, size_t stride, size_
 
 FLASH_ENTMAX_VNNI void RoundKeysInt8(const float* block, size_t depth, uint8_t* rounded,
                                      KeyBlockBound* bound) {
-  if (!(bound->norm < kLargestScreenNorm)) return;
+  if (ProvesNothing(bound)) return;
   const __m512 sign = _mm512_set1_ps(-0.0f);
   __m512 largest = _mm512_setzero_ps();
   for (size_t i = 0; i < depth * kInt8Keys; i += 16) {
@@ -177,11 +177,13 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) bool StartOfSums(const S
   low = _mm512_fnmadd_ps(_mm512_load_ps(rows.rounding), _mm512_set1_ps(bound.rounded_norm), low);
   // In units of the integers, with the roundings of these few operations: 2⁻²⁰ of all that was
   // added, and one unit.
-  const __m512 unit =
-      _mm512_mul_ps(_mm512_load_ps(rows.inverse_scale), _mm512_set1_ps(bound.inverse_scale));
   const __m512 size = _mm512_add_ps(_mm512_abs_ps(raw), largest);
   low = _mm512_fnmadd_ps(size, _mm512_set1_ps(1e-6f), low);
-  low = _mm512_sub_ps(_mm512_mul_ps(low, unit), _mm512_set1_ps(1.0f));
+  // One scale after the other, because their product may be infinite. Where the tile is open, low
+  // is at most `largest`, and stays finite.
+  low = _mm512_mul_ps(_mm512_mul_ps(low, _mm512_load_ps(rows.inverse_scale)),
+                      _mm512_set1_ps(bound.inverse_scale));
+  low = _mm512_sub_ps(low, _mm512_set1_ps(1.0f));
   // Not beyond ±2²⁸: no product is. For NaN, of zero scales, the maximum takes its second operand.
   low = _mm512_max_ps(low, _mm512_set1_ps(-0x1p28f));
   low = _mm512_min_ps(low, _mm512_set1_ps(0x1p28f));

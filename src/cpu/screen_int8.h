@@ -49,7 +49,7 @@ bool RoundQueriesInt8(const float* query, size_t stride, size_t depth, bool matr
                       int8_t* rounded, ScreenRows* rows);
 
 // block: [depth][kInt8Keys]. rounded: [depth/4][kInt8Keys][4]. Fills all of `bound` but
-// the norm. Blocks whose norm is not finite are left alone.
+// the norm.
 void RoundKeysInt8(const float* block, size_t depth, uint8_t* rounded, KeyBlockBound* bound);
 
 // Looks at what is pending: to be called before the hits are read.

@@ -1,14 +1,14 @@
 // Certified screening: products of queries and keys in small integers, with a bound on their error.
 //
-// A query row is q = a·q' + δq and a key k = b·k' + δk with integers q' and k' of at most
-// `largest`, one scale a for each query row and one b for each key block. Then
+// A query row is q = a·q' + δq and a key k = b·k' + δk with small integers q' and k', one scale a
+// for each query row and one b for each key block. Then
 //     |q·k − a·b·(q'·k')| ≤ ‖q‖·‖δk‖ + ‖δq‖·‖b·k'‖,
 // (q·δk + δq·(b·k'), Cauchy–Schwarz), and q'·k' is exact. A key whose integer product is below the
 // row's limit less this error cannot be above the limit. All norms are rounded up, and all limits
 // down, so the answer "not above" is a proof; "perhaps above" costs an exact product.
 //
 // Integers of 8 bits (screen_int8.h, AVX-512 VNNI and AMX), or of 7 in the keys (screen_int7-inl.h,
-// every other x86).
+// other x86 from SSE4 on).
 
 #ifndef FLASH_ENTMAX_SRC_CPU_SCREENING_H_
 #define FLASH_ENTMAX_SRC_CPU_SCREENING_H_
@@ -16,12 +16,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace flash_entmax::cpu {
 
 enum class Screening { kNone, kInt7, kInt8 };
 
-// What is known of the keys of one block. Infinite or NaN norms prove nothing.
+// What is known of the keys of one block. With an infinite `rounding` it proves nothing.
 struct KeyBlockBound {
   float norm = 0.0f;           // Largest ‖k‖, rounded up.
   float rounding = 0.0f;       // Largest ‖δk‖, rounded up.
@@ -43,6 +44,13 @@ inline constexpr int64_t kMaxScreenDepth = 8192;
 // Rows and blocks of larger norms are not screened: their products come near the end of float.
 inline constexpr float kLargestScreenNorm = 1e18f;
 
+// For a block that is not rounded, because its norm is too large or NaN: makes it prove nothing.
+inline bool ProvesNothing(KeyBlockBound* bound) {
+  if (bound->norm < kLargestScreenNorm) return false;
+  bound->rounding = std::numeric_limits<float>::infinity();
+  return true;
+}
+
 // Rows and blocks whose largest element is below it are rounded to zeros, so that no scale
 // overflows.
 inline constexpr float kSmallestScreened = 1e-30f;
@@ -58,9 +66,12 @@ inline constexpr int64_t ScreenBytes(Screening screening, int64_t count, int64_t
   return screening == Screening::kNone ? 0 : count * ScreenDepth(screening, head_size);
 }
 
+// A hit names its block in 25 bits beside a group and a row of 7.
+inline constexpr int64_t kMaxScreenBlocks = int64_t{1} << 25;
+
 // The rows of one tile, rounded; arrays as long as the longest vector.
 struct ScreenRows {
-  alignas(64) float norm[16];           // ‖q‖, rounded up; 0 behind the last row.
+  alignas(64) float norm[16];           // ‖q‖, rounded up; 0 behind the tile's rows.
   alignas(64) float rounding[16];       // ‖δq‖, rounded up.
   alignas(64) float inverse_scale[16];  // 1/a.
   alignas(64) int32_t offset[16];       // 128·Σ q' or 64·Σ q': keys are stored as k' + that.
@@ -91,6 +102,12 @@ struct ScreenHits {
   // For the tile that is pending and one more.
   bool HasRoom() const { return count + 2 * kMostRows <= kCapacity; }
   bool IsEmpty() const { return count == 0 && !pending; }
+  // Forgets what an earlier panel may have left when it ran out of memory.
+  void Clear() {
+    count = 0;
+    pending = false;
+    loaded = nullptr;
+  }
 };
 
 }  // namespace flash_entmax::cpu

@@ -179,6 +179,7 @@ constexpr uint32_t kRowBits = 4;
 constexpr uint32_t kGroupBits = 3;
 static_assert(kTileRows <= 1 << kRowBits && kGroupsPerPanel <= 1 << kGroupBits);
 static_assert(kTileRows <= static_cast<int>(ScreenHits::kMostRows));
+static_assert(kMaxScreenBlocks << (kGroupBits + kRowBits) == int64_t{1} << 32);
 
 // Tests one block of group `index` by products of small integers.
 HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64_t index,
@@ -196,8 +197,8 @@ HWY_INLINE void ScreenBlock(const PanelInput<float>& input, int64_t block, int64
                    keys, static_cast<size_t>(input.head_size), group.limit, slack, tag, hits);
     return;
   }
-  ScreenTileInInt7(group.screen_rows, group.rounded_query, bound, keys,
-                   static_cast<size_t>(input.head_size), group.limit, slack, tag, hits);
+  ScreenTileInt7Impl(group.screen_rows, group.rounded_query, bound, keys,
+                     static_cast<size_t>(input.head_size), group.limit, slack, tag, hits);
 }
 
 // Moves the hits of screened tiles to the lists. Those of a row stay in the order of the visit.

@@ -1,5 +1,5 @@
-// The paths of attention's forward pass that only long or dense rows take: screening by 8-bit
-// products, key blocks proved zero, dense groups, and the change from lists to dense groups.
+// The paths of attention's forward pass that only long or dense rows take: screening in small
+// integers, key blocks proved zero, dense groups, and the change from lists to dense groups.
 
 #include <gtest/gtest.h>
 

@@ -58,7 +58,8 @@ struct ScreenedTile {
     for (size_t j = 0; j < keys; ++j) {
       double square = 0.0;
       for (size_t e = 0; e < depth; ++e) square += std::pow(static_cast<double>(Key(j, e)), 2.0);
-      bound.norm = std::max(bound.norm, NormFromSquare(square, static_cast<int64_t>(depth)));
+      const float norm = NormFromSquare(square, static_cast<int64_t>(depth));
+      if (!(norm <= bound.norm)) bound.norm = norm;  // So that NaN stays.
     }
     const auto bytes = [&](size_t count) {
       return static_cast<size_t>(
@@ -74,7 +75,7 @@ struct ScreenedTile {
       const bool matrix = unit != nullptr && unit->Serves(depth);
       EXPECT_TRUE(RoundQueriesInt8(query.data(), stride, depth, matrix, query8, &screen_rows));
       RoundKeysInt8(key.data(), depth, rounded_keys.data(), &bound);
-      ScreenTileInt8(screen_rows, query8, bound, rounded_keys.data(), depth, limit, 1e-6f, kTag,
+      ScreenTileInt8(screen_rows, query8, bound, rounded_keys.data(), depth, limit, slack, kTag,
                      hits.get());
       FinishHits(hits.get());
     } else {
@@ -82,7 +83,7 @@ struct ScreenedTile {
           RoundQueriesInt7(query.data(), stride, depth, rounded_query.data(), &screen_rows));
       RoundKeysInt7(key.data(), depth, rounded_keys.data(), &bound);
       ScreenTileInt7(screen_rows, rounded_query.data(), bound, rounded_keys.data(), depth, limit,
-                     1e-6f, kTag, hits.get());
+                     slack, kTag, hits.get());
     }
     std::vector<uint32_t> bits(rows, 0);
     EXPECT_LE(hits->count, rows);
@@ -102,6 +103,7 @@ struct ScreenedTile {
   std::vector<float> query;  // [rows][stride]
   std::vector<float> key;    // [depth][keys]
   float limit[16];
+  float slack = 1e-6f;
 };
 
 // Screens random tiles. Nothing above a limit may be left out, and of what is not above at most
@@ -157,16 +159,95 @@ void CheckLargestSums(Screening screening) {
     for (size_t j = 0; j < tile.keys; ++j) {
       for (size_t e = 0; e < depth; ++e) tile.Key(j, e) = j % 2 == 0 ? 2.9f : -2.9f;
     }
-    // Halfway between the products of either sign, so that any wrap of a sum is seen.
-    std::fill_n(tile.limit, tile.rows, 0.0f);
-    const std::vector<uint32_t> bits = tile.Screen(nullptr);
-    for (size_t r = 0; r < tile.rows; ++r) {
-      for (size_t j = 0; j < tile.keys; ++j) {
-        ASSERT_EQ(((bits[r] >> j) & 1u) != 0, tile.Product(r, j) > 0.0)
-            << "depth " << depth << " row " << r << " key " << j;
+    // Halfway between the products of either sign, and below both: any wrap of a sum is seen.
+    for (const bool all : {false, true}) {
+      const auto lowest = static_cast<float>(-std::abs(tile.Product(0, 0)) * 1.01);
+      std::fill_n(tile.limit, tile.rows, all ? lowest : 0.0f);
+      const std::vector<uint32_t> bits = tile.Screen(nullptr);
+      for (size_t r = 0; r < tile.rows; ++r) {
+        for (size_t j = 0; j < tile.keys; ++j) {
+          ASSERT_EQ(((bits[r] >> j) & 1u) != 0, all || tile.Product(r, j) > 0.0)
+              << "depth " << depth << " row " << r << " key " << j;
+        }
       }
     }
   }
+}
+
+// Rounding errors of one operand in line with the other one, and limits one float below a product.
+// Random numbers never come near the bounds of the errors.
+void CheckErrorsInLine(Screening screening) {
+  SCOPED_TRACE(testing::SeedMessage());
+  Random random(44);
+  // What is nearly half a step of the integers beside an element of 1.
+  const double query_step = 0.499 / 127.0;
+  const double key_step = 0.499 / (screening == Screening::kInt8 ? 127.0 : 63.0);
+  for (int round = 0; round < 600; ++round) {
+    ScreenedTile tile(screening, static_cast<size_t>(random.Integer(2, round % 3 == 0 ? 200 : 20)));
+    tile.slack = 0.0f;
+    // Among them those whose scales have an infinite product.
+    const double query_size = round % 4 < 2 ? 1.0 : std::pow(10.0, random.Uniform(-21.0, -15.0));
+    const double key_size = round % 4 < 2 ? 1.0 : std::pow(10.0, random.Uniform(-21.0, -15.0));
+    const bool query_has_errors = round % 2 == 0;
+    // One key with errors among exact ones: the block's bound must come from it.
+    const auto inexact = static_cast<size_t>(random.Integer(0, static_cast<int>(tile.keys) - 1));
+    for (size_t e = 0; e < tile.depth; ++e) {
+      const double sign = random.Integer(0, 1) == 0 ? 1.0 : -1.0;
+      for (size_t r = 0; r < tile.rows; ++r) {
+        const double x = query_has_errors && e > 0 ? query_step * sign : sign;
+        tile.Query(r, e) = static_cast<float>(query_size * x);
+      }
+      for (size_t j = 0; j < tile.keys; ++j) {
+        const double x = !query_has_errors && e > 0 && j == inexact ? key_step * sign : sign;
+        tile.Key(j, e) = static_cast<float>(key_size * (j % 3 == 1 ? -x : x));
+      }
+    }
+    for (size_t r = 0; r < tile.rows; ++r) {
+      tile.limit[r] = std::nextafter(static_cast<float>(tile.Product(r, inexact)), -HUGE_VALF);
+    }
+    if (round % 5 == 0) tile.limit[1] = std::nanf("");
+    const std::vector<uint32_t> bits = tile.Screen(nullptr);
+    for (size_t r = 0; r < tile.rows; ++r) {
+      for (size_t j = 0; j < tile.keys; ++j) {
+        if (tile.Product(r, j) <= static_cast<double>(tile.limit[r])) continue;
+        ASSERT_TRUE(((bits[r] >> j) & 1u) != 0)
+            << "round " << round << " row " << r << " key " << j;
+      }
+    }
+  }
+}
+
+// A block whose norm is too large, or NaN, is not rounded, and then nothing of it may be left out.
+void CheckBlocksThatAreNotRounded(Screening screening) {
+  for (const float bad : {3e18f, HUGE_VALF, std::nanf("")}) {
+    ScreenedTile tile(screening, 8);
+    std::fill(tile.query.begin(), tile.query.end(), 1.0f);
+    std::fill(tile.key.begin(), tile.key.end(), bad);
+    std::fill_n(tile.limit, tile.rows, 2e18f);
+    for (const uint32_t row : tile.Screen(nullptr)) {
+      ASSERT_EQ(row, static_cast<uint32_t>((uint64_t{1} << tile.keys) - 1)) << bad;
+    }
+  }
+}
+
+TEST(ScreenInt8, ErrorsInLine) {
+  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+  CheckErrorsInLine(Screening::kInt8);
+}
+
+TEST(ScreenInt7, ErrorsInLine) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  CheckErrorsInLine(Screening::kInt7);
+}
+
+TEST(ScreenInt8, BlocksThatAreNotRounded) {
+  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
+  CheckBlocksThatAreNotRounded(Screening::kInt8);
+}
+
+TEST(ScreenInt7, BlocksThatAreNotRounded) {
+  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
+  CheckBlocksThatAreNotRounded(Screening::kInt7);
 }
 
 TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
