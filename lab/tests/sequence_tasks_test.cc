@@ -122,32 +122,39 @@ int64_t LeftOut(const Task& task, int64_t length, const Sample& sample, bool end
   return source - target;
 }
 
+// Calls check(task, end) for the tasks whose targets can begin late, with and without an end token.
+template <typename Check>
+void ForLateTasks(TaskOptions options, const Check& check) {
+  for (const char* name : {"copy", "reverse"}) {
+    for (const bool end : {false, true}) {
+      SCOPED_TRACE(name);
+      options.name = name;
+      options.end = end;
+      check(*Make(options), end);
+    }
+  }
+}
+
 // In training up to half of the target can be left out.
 TEST(SequenceTasks, TrainingTargetsCanBeginLate) {
   SCOPED_TRACE(testing::SeedMessage());
   Random random(testing::TestSeed());
   TaskOptions options;
   options.late = 0.25;
-  for (const char* name : {"copy", "reverse"}) {
-    for (const bool end : {false, true}) {
-      SCOPED_TRACE(name);
-      options.name = name;
-      options.end = end;
-      const std::unique_ptr<Task> task = Make(options);
-      const int64_t length = 40;
-      std::map<int64_t, int> seen;
-      for (int i = 0; i < 2000; ++i) {
-        ++seen[LeftOut(*task, length, task->GenerateForTraining(length, 0, random), end)];
-        ASSERT_EQ(LeftOut(*task, length, task->Generate(length, random), end), 0);
-      }
-      ASSERT_EQ(seen.size(), 21u);  // 0 to 20, in a quarter of the samples alike
-      ASSERT_EQ(seen.begin()->first, 0);
-      EXPECT_NEAR(seen[0], 1524, 110);
-      double sum = 0.0;
-      for (const auto& [symbols, samples] : seen) sum += static_cast<double>(symbols) * samples;
-      EXPECT_NEAR(sum / (2000 - seen[0]), 10.5, 1.5);
+  ForLateTasks(options, [&](const Task& task, bool end) {
+    const int64_t length = 40;
+    std::map<int64_t, int> seen;
+    for (int i = 0; i < 2000; ++i) {
+      ++seen[LeftOut(task, length, task.GenerateForTraining(length, 0, random), end)];
+      ASSERT_EQ(LeftOut(task, length, task.Generate(length, random), end), 0);
     }
-  }
+    ASSERT_EQ(seen.size(), 21u);  // 0 to 20, in a quarter of the samples alike
+    ASSERT_EQ(seen.begin()->first, 0);
+    EXPECT_NEAR(seen[0], 1524, 110);
+    double sum = 0.0;
+    for (const auto& [symbols, samples] : seen) sum += static_cast<double>(symbols) * samples;
+    EXPECT_NEAR(sum / (2000 - seen[0]), 10.5, 1.5);
+  });
 }
 
 // Together with other options, and where less is left than half: four are given, one is asked.
@@ -158,22 +165,16 @@ TEST(SequenceTasks, ShortTargetsBeginLateOnlyWhereSomethingIsLeft) {
   options.late = 1.0;
   options.prefix = 0.3;
   options.shift = 0.3;
-  for (const char* name : {"copy", "reverse"}) {
-    for (const bool end : {false, true}) {
-      SCOPED_TRACE(name);
-      options.name = name;
-      options.end = end;
-      const std::unique_ptr<Task> task = Make(options);
-      for (int64_t length = 1; length <= 12; ++length) {
-        int64_t most = 0;
-        for (int i = 0; i < 200; ++i) {
-          const Sample sample = task->GenerateForTraining(length, 0, random);
-          most = std::max(most, LeftOut(*task, length, sample, end));
-        }
-        EXPECT_EQ(most, std::max<int64_t>(std::min(length / 2, length - 5), 0)) << length;
+  ForLateTasks(options, [&](const Task& task, bool end) {
+    for (int64_t length = 1; length <= 12; ++length) {
+      int64_t most = 0;
+      for (int i = 0; i < 200; ++i) {
+        const Sample sample = task.GenerateForTraining(length, 0, random);
+        most = std::max(most, LeftOut(task, length, sample, end));
       }
+      EXPECT_EQ(most, std::max<int64_t>(std::min(length / 2, length - 5), 0)) << length;
     }
-  }
+  });
 }
 
 // Where no target begins late no number is drawn for it, so that old samples stay what they were;

@@ -89,15 +89,15 @@ class ForwardRun {
         threads_(static_cast<size_t>(ThreadCount(options.num_threads))),
         supports_(outputs.support != nullptr ? items_.size() : 0) {
     if (saved_ != nullptr) saved_layout_.WriteHeader(saved_);
+    const Screening screening = ScreeningOf(resolved, shape_, options);
     // Lists of keys, which softmax has only to report its support.
     if (AnySparse(resolved) || (AnySoftmax(resolved) && outputs.support != nullptr)) {
-      keys_by_row_.emplace(problem, resolved, shape_, packed_,
-                           ScreeningOf(resolved, shape_, options), options.num_threads);
+      keys_by_row_.emplace(problem, resolved, shape_, packed_, screening, options.num_threads);
     }
     for (PanelMemory<T>& memory : threads_) {
       memory.query.resize(static_cast<size_t>(rows_per_panel_ * query_stride_));
-      memory.rounded_query.resize(static_cast<size_t>(ScreenBytes(
-          ScreeningOf(resolved, shape_, options), rows_per_panel_, resolved.head_size)));
+      memory.rounded_query.resize(
+          static_cast<size_t>(ScreenBytes(screening, rows_per_panel_, resolved.head_size)));
     }
   }
 

@@ -151,14 +151,12 @@ void RoundGroup(const PanelInput<T>& input, int64_t index, const MatrixUnit& uni
                        index * ScreenBytes(screening, int64_t{kTileRows}, input.head_size);
     const auto stride = static_cast<size_t>(input.query_stride);
     const auto depth = static_cast<size_t>(input.head_size);
-    bool finite = false;
-    if (screening == Screening::kInt8) {
-      finite = RoundQueriesInt8(group->query, stride, depth, unit.Serves(depth),
-                                reinterpret_cast<int8_t*>(rounded), &group->screen_rows);
-    } else {
-      finite = RoundQueriesInt7Impl(group->query, stride, depth, rounded, &group->screen_rows);
-    }
-    if (finite) group->rounded_query = rounded;
+    const bool can =
+        screening == Screening::kInt8
+            ? RoundQueriesInt8(group->query, stride, depth, unit.Serves(depth),
+                               reinterpret_cast<int8_t*>(rounded), &group->screen_rows)
+            : RoundQueriesInt7Impl(group->query, stride, depth, rounded, &group->screen_rows);
+    if (can) group->rounded_query = rounded;
   }
 }
 

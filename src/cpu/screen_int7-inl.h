@@ -33,9 +33,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 constexpr bool kScreensInt7 = true;
 
-// Sums and what they are compared with stay within ±2²⁸, far inside an int32.
-constexpr float kLargestSum = 0x1p28f;
-
 constexpr int32_t kKeyOffset = 64;
 constexpr float kLargestKey = 63.0f;
 constexpr float kLargestQuery = 127.0f;
@@ -57,7 +54,7 @@ HWY_INLINE V MultiplyBytes(V keys, V query) {
 // Norm of differences from rounded elements. A difference is itself rounded, as is the scale: an
 // error of two ulps of each element, of which `norm` is the norm.
 inline float RoundingNorm(float square, size_t depth, float norm) {
-  return NormFromSquare(static_cast<double>(square), static_cast<int64_t>(depth)) + 2.4e-7f * norm;
+  return RoundUpNorm(square, depth) + 2.4e-7f * norm;
 }
 
 // What multiplies a row to make it integers.
@@ -80,6 +77,8 @@ inline bool RoundQueriesInt7Impl(const float* HWY_RESTRICT query, size_t stride,
                                  uint8_t* HWY_RESTRICT rounded, ScreenRows* HWY_RESTRICT rows) {
   const hn::ScalableTag<float> d;
   const hn::ScalableTag<int32_t> di;
+  const auto padded =
+      static_cast<size_t>(ScreenDepth(Screening::kInt7, static_cast<int64_t>(depth)));
   std::fill_n(rows->norm, 16, 0.0f);
   std::fill_n(rows->rounding, 16, 0.0f);
   std::fill_n(rows->inverse_scale, 16, 0.0f);
@@ -94,8 +93,7 @@ inline bool RoundQueriesInt7Impl(const float* HWY_RESTRICT query, size_t stride,
       square = hn::MulAdd(x, x, square);
     }
     // NaN is in the norm, whatever it does to a maximum.
-    rows->norm[r] = NormFromSquare(static_cast<double>(hn::GetLane(hn::SumOfLanes(d, square))),
-                                   static_cast<int64_t>(depth));
+    rows->norm[r] = RoundUpNorm(hn::GetLane(hn::SumOfLanes(d, square)), depth);
     if (!(rows->norm[r] < kLargestScreenNorm)) return false;
     const float top = hn::GetLane(hn::MaxOfLanes(d, largest));
     const float inverse = QueryInverseScale(row, stride, top);
@@ -109,7 +107,7 @@ inline bool RoundQueriesInt7Impl(const float* HWY_RESTRICT query, size_t stride,
       const auto rest = hn::NegMulAdd(hn::ConvertTo(d, n), scale, x);
       error = hn::MulAdd(rest, rest, error);
       hn::Store(n, di, integer);
-      for (size_t k = 0; k < hn::Lanes(d) && e + k < (depth + 7) / 8 * 8; k += 4) {
+      for (size_t k = 0; k < hn::Lanes(d) && e + k < padded; k += 4) {
         uint32_t four = 0;
         for (size_t i = 0; i < 4; ++i) {
           four |= (static_cast<uint32_t>(integer[k + i]) & 0xFFu) << (8 * i);
@@ -134,6 +132,8 @@ inline void RoundKeysInt7Impl(const float* HWY_RESTRICT block, size_t depth,
   const hn::ScalableTag<float> d;
   const hn::ScalableTag<int32_t> di;
   const hn::ScalableTag<uint8_t> du8;
+  const auto padded =
+      static_cast<size_t>(ScreenDepth(Screening::kInt7, static_cast<int64_t>(depth)));
   auto largest = hn::Zero(d);
   for (size_t i = 0; i < depth * kWidth; i += hn::Lanes(d)) {
     largest = hn::Max(largest, hn::Abs(hn::LoadU(d, block + i)));
@@ -146,7 +146,7 @@ inline void RoundKeysInt7Impl(const float* HWY_RESTRICT block, size_t depth,
   for (size_t j = 0; j < kWidth; j += hn::Lanes(d)) {
     auto error = hn::Zero(d);
     auto square = hn::Zero(d);
-    for (size_t e = 0; e < (depth + 7) / 8 * 8; e += 4) {
+    for (size_t e = 0; e < padded; e += 4) {
       auto four = hn::Zero(di);
       for (size_t i = 4; i-- > 0;) {
         auto n = hn::Zero(di);
@@ -167,9 +167,7 @@ inline void RoundKeysInt7Impl(const float* HWY_RESTRICT block, size_t depth,
   }
   bound->inverse_scale = hn::GetLane(inverse);
   bound->rounding = RoundingNorm(hn::GetLane(hn::MaxOfLanes(d, most_error)), depth, bound->norm);
-  bound->rounded_norm =
-      NormFromSquare(static_cast<double>(hn::GetLane(hn::MaxOfLanes(d, most_square))),
-                     static_cast<int64_t>(depth));
+  bound->rounded_norm = RoundUpNorm(hn::GetLane(hn::MaxOfLanes(d, most_square)), depth);
 }
 
 // Where the sums of a tile start, so that those at or above zero are perhaps above the limit: minus

@@ -34,10 +34,6 @@
 namespace flash_entmax::cpu {
 namespace {
 
-float RoundUpNorm(float square, size_t depth) {
-  return NormFromSquare(static_cast<double>(square), static_cast<int64_t>(depth));
-}
-
 // Adds the products of four unsigned and four signed bytes. Not the intrinsic, because GCC 12 then
 // copies every accumulator at every step, which costs four times the products.
 FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) void MultiplyAdd(__m512i keys,
@@ -185,9 +181,9 @@ FLASH_ENTMAX_VNNI inline __attribute__((always_inline)) bool StartOfSums(const S
                       _mm512_set1_ps(bound.inverse_scale));
   low = _mm512_sub_ps(low, _mm512_set1_ps(1.0f));
   // Not beyond ±2²⁸: no product is. For NaN, of zero scales, the maximum takes its second operand.
-  low = _mm512_max_ps(low, _mm512_set1_ps(-0x1p28f));
-  low = _mm512_min_ps(low, _mm512_set1_ps(0x1p28f));
-  low = _mm512_mask_mov_ps(_mm512_set1_ps(0x1p28f), open, low);
+  low = _mm512_max_ps(low, _mm512_set1_ps(-kLargestSum));
+  low = _mm512_min_ps(low, _mm512_set1_ps(kLargestSum));
+  low = _mm512_mask_mov_ps(_mm512_set1_ps(kLargestSum), open, low);
   const __m512i integer =
       _mm512_add_epi32(_mm512_cvt_roundps_epi32(low, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC),
                        _mm512_load_si512(rows.offset));

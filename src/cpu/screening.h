@@ -38,6 +38,13 @@ inline float NormFromSquare(double square, int64_t size) {
                             2e-19 * std::sqrt(count));
 }
 
+// The same from a sum in float.
+inline float RoundUpNorm(float square, size_t size) {
+  return NormFromSquare(static_cast<double>(square), static_cast<int64_t>(size));
+}
+
+// Sums and what they are compared with stay within ±2²⁸, far inside an int32.
+inline constexpr float kLargestSum = 0x1p28f;
 // Larger head sizes might overflow the 32-bit sums.
 inline constexpr int64_t kMaxScreenDepth = 8192;
 

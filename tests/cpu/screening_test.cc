@@ -52,6 +52,19 @@ struct ScreenedTile {
     return product;
   }
 
+  size_t Bytes(size_t count) const {
+    return static_cast<size_t>(
+        ScreenBytes(screening, static_cast<int64_t>(count), static_cast<int64_t>(depth)));
+  }
+
+  bool RoundQueries(const MatrixUnit* unit, std::vector<uint8_t>* rounded, ScreenRows* out) const {
+    if (screening == Screening::kInt7) {
+      return RoundQueriesInt7(query.data(), stride, depth, rounded->data(), out);
+    }
+    return RoundQueriesInt8(query.data(), stride, depth, unit != nullptr && unit->Serves(depth),
+                            reinterpret_cast<int8_t*>(rounded->data()), out);
+  }
+
   // Bit j of element r: whether key j may be above the limit of row r.
   std::vector<uint32_t> Screen(const MatrixUnit* unit) {
     KeyBlockBound bound;
@@ -61,26 +74,18 @@ struct ScreenedTile {
       const float norm = NormFromSquare(square, static_cast<int64_t>(depth));
       if (!(norm <= bound.norm)) bound.norm = norm;  // So that NaN stays.
     }
-    const auto bytes = [&](size_t count) {
-      return static_cast<size_t>(
-          ScreenBytes(screening, static_cast<int64_t>(count), static_cast<int64_t>(depth)));
-    };
-    std::vector<uint8_t> rounded_query(bytes(rows));
-    std::vector<uint8_t> rounded_keys(bytes(keys));
+    std::vector<uint8_t> rounded_query(Bytes(rows));
+    std::vector<uint8_t> rounded_keys(Bytes(keys));
     ScreenRows screen_rows;
     const auto hits = std::make_unique<ScreenHits>();
     constexpr uint32_t kTag = 640;
+    EXPECT_TRUE(RoundQueries(unit, &rounded_query, &screen_rows));
     if (screening == Screening::kInt8) {
-      auto* const query8 = reinterpret_cast<int8_t*>(rounded_query.data());
-      const bool matrix = unit != nullptr && unit->Serves(depth);
-      EXPECT_TRUE(RoundQueriesInt8(query.data(), stride, depth, matrix, query8, &screen_rows));
       RoundKeysInt8(key.data(), depth, rounded_keys.data(), &bound);
-      ScreenTileInt8(screen_rows, query8, bound, rounded_keys.data(), depth, limit, slack, kTag,
-                     hits.get());
+      ScreenTileInt8(screen_rows, reinterpret_cast<const int8_t*>(rounded_query.data()), bound,
+                     rounded_keys.data(), depth, limit, slack, kTag, hits.get());
       FinishHits(hits.get());
     } else {
-      EXPECT_TRUE(
-          RoundQueriesInt7(query.data(), stride, depth, rounded_query.data(), &screen_rows));
       RoundKeysInt7(key.data(), depth, rounded_keys.data(), &bound);
       ScreenTileInt7(screen_rows, rounded_query.data(), bound, rounded_keys.data(), depth, limit,
                      slack, kTag, hits.get());
@@ -230,45 +235,41 @@ void CheckBlocksThatAreNotRounded(Screening screening) {
   }
 }
 
-TEST(ScreenInt8, ErrorsInLine) {
-  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
-  CheckErrorsInLine(Screening::kInt8);
+class Screen : public ::testing::TestWithParam<Screening> {
+ protected:
+  void SetUp() override {
+    if (GetParam() == Screening::kInt8 && !CanScreenInt8()) {
+      GTEST_SKIP() << "this machine has no 8-bit dot product";
+    }
+    if (GetParam() == Screening::kInt7 && !CanScreenInt7()) {
+      GTEST_SKIP() << "this instruction set has no pmaddubsw";
+    }
+  }
+};
+
+TEST_P(Screen, LeavesOutNothingAboveTheLimit) { CheckRandomTiles(GetParam(), 0.2); }
+
+TEST_P(Screen, ErrorsInLine) { CheckErrorsInLine(GetParam()); }
+
+TEST_P(Screen, LargestSums) { CheckLargestSums(GetParam()); }
+
+TEST_P(Screen, BlocksThatAreNotRounded) { CheckBlocksThatAreNotRounded(GetParam()); }
+
+TEST_P(Screen, RefusesRowsThatAreNotFinite) {
+  for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e30f}) {
+    ScreenedTile tile(GetParam(), 8);
+    std::fill(tile.query.begin(), tile.query.end(), 1.0f);
+    tile.Query(2, 5) = bad;
+    std::vector<uint8_t> rounded(tile.Bytes(tile.rows));
+    ScreenRows rows;
+    EXPECT_FALSE(tile.RoundQueries(nullptr, &rounded, &rows));
+  }
 }
 
-TEST(ScreenInt7, ErrorsInLine) {
-  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
-  CheckErrorsInLine(Screening::kInt7);
-}
-
-TEST(ScreenInt8, BlocksThatAreNotRounded) {
-  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
-  CheckBlocksThatAreNotRounded(Screening::kInt8);
-}
-
-TEST(ScreenInt7, BlocksThatAreNotRounded) {
-  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
-  CheckBlocksThatAreNotRounded(Screening::kInt7);
-}
-
-TEST(ScreenInt8, LeavesOutNothingAboveTheLimit) {
-  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
-  CheckRandomTiles(Screening::kInt8, 0.2);
-}
-
-TEST(ScreenInt8, LargestSums) {
-  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
-  CheckLargestSums(Screening::kInt8);
-}
-
-TEST(ScreenInt7, LeavesOutNothingAboveTheLimit) {
-  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
-  CheckRandomTiles(Screening::kInt7, 0.2);
-}
-
-TEST(ScreenInt7, LargestSums) {
-  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
-  CheckLargestSums(Screening::kInt7);
-}
+INSTANTIATE_TEST_SUITE_P(Kinds, Screen, ::testing::Values(Screening::kInt8, Screening::kInt7),
+                         [](const auto& kind) {
+                           return kind.param == Screening::kInt8 ? "Int8" : "Int7";
+                         });
 
 // Otherwise sums of products of bytes would saturate.
 TEST(ScreenInt7, FourIntegersOfARowFitIntoASum) {
@@ -287,17 +288,15 @@ TEST(ScreenInt7, FourIntegersOfARowFitIntoASum) {
         tile.Query(r, e) = static_cast<float>(std::copysign(std::pow(std::abs(x), power), x));
       }
     }
-    const size_t padded = (tile.depth + 7) / 8 * 8;
-    std::vector<uint8_t> rounded(tile.rows * padded);
+    std::vector<uint8_t> rounded(tile.Bytes(tile.rows));
     ScreenRows rows;
-    ASSERT_TRUE(
-        RoundQueriesInt7(tile.query.data(), tile.stride, tile.depth, rounded.data(), &rows));
+    ASSERT_TRUE(tile.RoundQueries(nullptr, &rounded, &rows));
     for (size_t r = 0; r < tile.rows; ++r) {
       const auto size = [&](size_t e) {
         const uint8_t byte = rounded[e / 4 * 4 * tile.rows + 4 * r + e % 4];
         return std::abs(static_cast<int>(static_cast<int8_t>(byte)));
       };
-      for (size_t e = 0; e < padded; e += e % 8 == 0 ? 2 : 6) {
+      for (size_t e = 0; e < tile.Bytes(1); e += e % 8 == 0 ? 2 : 6) {
         const int sum = size(e) + size(e + 1) + size(e + 4) + size(e + 5);
         ASSERT_LE(sum * 127, 32767) << "round " << round << " row " << r << " element " << e;
         largest_sum = std::max(largest_sum, sum);
@@ -308,18 +307,6 @@ TEST(ScreenInt7, FourIntegersOfARowFitIntoASum) {
   // The room is used: of 258, and of 127.
   EXPECT_GE(largest_sum, 255);
   EXPECT_EQ(largest, 127);
-}
-
-TEST(ScreenInt7, RefusesWhatIsNotFinite) {
-  if (!CanScreenInt7()) GTEST_SKIP() << "this instruction set has no pmaddubsw";
-  for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e30f}) {
-    ScreenedTile tile(Screening::kInt7, 8);
-    std::fill(tile.query.begin(), tile.query.end(), 1.0f);
-    tile.Query(2, 5) = bad;
-    std::vector<uint8_t> rounded(tile.rows * 8);
-    ScreenRows rows;
-    EXPECT_FALSE(RoundQueriesInt7(tile.query.data(), tile.stride, 8, rounded.data(), &rows));
-  }
 }
 
 TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
@@ -371,17 +358,6 @@ TEST(ScreenInt8, MatrixUnitAndVectorsFindTheSame) {
       ASSERT_EQ((*hits)[0].above[i], (*hits)[1].above[i]);
       ASSERT_EQ((*hits)[0].where[i], (*hits)[1].where[i]);
     }
-  }
-}
-
-TEST(ScreenInt8, RefusesWhatIsNotFinite) {
-  if (!CanScreenInt8()) GTEST_SKIP() << "this machine has no 8-bit dot product";
-  for (const float bad : {HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e30f}) {
-    std::vector<float> query(kInt8Rows * 8, 1.0f);
-    query[37] = bad;
-    std::vector<int8_t> rounded(kInt8Rows * 8);
-    ScreenRows rows;
-    EXPECT_FALSE(RoundQueriesInt8(query.data(), 8, 8, false, rounded.data(), &rows));
   }
 }
 
